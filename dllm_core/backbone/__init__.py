@@ -1,0 +1,1 @@
+"""Load an autoregressive checkpoint and make it a bidirectional denoiser."""

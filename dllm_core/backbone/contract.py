@@ -1,0 +1,47 @@
+"""What a converted checkpoint promises. Written into its config and checked at load."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from dllm_core.errors import ContractError
+
+Alignment = Literal["shifted", "same_position"]
+
+
+class Contract(BaseModel):
+    """Five points on which peers silently disagree, made explicit.
+
+    Attributes:
+        alignment: `shifted` - the hidden state at i-1 predicts token i (as in the AR model); `same_position` - at i.
+        mask_token_id: id of the mask token; never an id the tokenizer already uses.
+        num_tokens: ids 0..num_tokens-1 are real tokens; mask and padding rows above get logit -inf.
+        block_size: training block in tokens for block-trained models, else None.
+        weighting: how token losses are weighted ("mean_masked": mean CE over masked tokens of a sequence).
+        normaliser: what the loss is averaged over ("sequence_then_batch").
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    alignment: Alignment = "shifted"
+    mask_token_id: int
+    num_tokens: int
+    block_size: int | None = None
+    weighting: str = "mean_masked"
+    normaliser: str = "sequence_then_batch"
+
+    def require(self, **expected: Any) -> None:
+        """Raise if a field differs from what the caller relies on.
+
+        Raises:
+            ContractError: naming the field and both values.
+        """
+        for name, value in expected.items():
+            found = getattr(self, name)
+            if found != value:
+                raise ContractError(
+                    f"The checkpoint was made with {name}={found!r}, but {name}={value!r} was asked for.",
+                    "Load it with its own settings, or convert the base model again.",
+                )

@@ -1,0 +1,1 @@
+"""Noise: sources keyed per sample, schedules, and the masks drawn from them."""

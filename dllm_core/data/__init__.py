@@ -1,0 +1,1 @@
+"""Sequences, batches and the stores of frozen-teacher states and commit orders."""

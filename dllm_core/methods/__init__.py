@@ -1,0 +1,1 @@
+"""One room per method. A room is a package `dllm_core/methods/<name>/` with `options.py` and `method.py`."""

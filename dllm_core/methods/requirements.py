@@ -1,0 +1,105 @@
+"""What a room needs from the rest of the house, stated without importing torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+StateClass = Literal["response_predictors", "all"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnchorNeed:
+    """Frozen-teacher hidden states a room reads.
+
+    Attributes:
+        layers: "embed", 1-indexed block outputs "1".."N-1", and "final" (the last block after the final norm).
+        positions: "all", or only the rows whose next token is a response token (what alignment reads).
+    """
+
+    layers: tuple[str, ...]
+    positions: StateClass = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrajectoryNeed:
+    """Commit orders a room trains on.
+
+    Attributes:
+        mode: where the order comes from: `student`, `ar_difficulty`, `left_to_right` or `random`.
+        responses: size of the fixed subset of training sequences.
+        commit_steps: forwards a response is decoded in; 0 means one token per forward.
+        block_size: decoding block of the extraction, in tokens.
+    """
+
+    mode: Literal["student", "ar_difficulty", "left_to_right", "random"]
+    responses: int
+    commit_steps: int
+    block_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixNeed:
+    """Another cell whose first part this cell continues from.
+
+    Attributes:
+        cell: name of that cell.
+        share: part of its budget that is trained before the branch, in (0, 1).
+    """
+
+    cell: str
+    share: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requirements:
+    """Everything the flow prepares before a room can train."""
+
+    anchors: AnchorNeed | None = None
+    trajectories: TrajectoryNeed | None = None
+    prefix: PrefixNeed | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """What the evaluator, the benchmark and the report may ask of a room.
+
+    Attributes:
+        trains: False for a reference row that is only measured.
+        causal: the network runs with causal attention.
+        exact_likelihood: `token_nll` gives the exact likelihood (autoregressive rows).
+        nelbo: `masked_nll` exists, so that the random-order and the block-wise bound can be estimated.
+        unmasking: decodes by iterative unmasking (denoising steps, history, commit order).
+        streaming: `generate` can send drafts to a streamer.
+        exact_cache: cached decoding equals uncached decoding.
+        speed_group: rows of one group run the same network and must tie in speed at equal steps.
+    """
+
+    trains: bool = True
+    causal: bool = False
+    exact_likelihood: bool = False
+    nelbo: bool = False
+    unmasking: bool = False
+    streaming: bool = False
+    exact_cache: bool = False
+    speed_group: str | None = None
+
+
+class RoomOptions(BaseModel):
+    """Base of every room's options: unknown keys are errors, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def requirements(self, num_layers: int) -> Requirements:
+        """Return what has to be prepared for a backbone of `num_layers` blocks."""
+        return Requirements()
+
+    def capabilities(self) -> Capabilities:
+        """Return what can be asked of a model of this room."""
+        raise NotImplementedError(f"{type(self).__module__} must state its capabilities")
+
+    def cost_factor(self) -> float:
+        """Return training FLOPs relative to one masked-CE pass over the same sequence (for estimates and budgets)."""
+        return 1.0

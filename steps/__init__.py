@@ -1,0 +1,1 @@
+"""One module per pipeline step: plain functions, spec in, small dataclass out."""
