@@ -97,9 +97,7 @@ class Corrupted:
     def rows(self, start: int, stop: int) -> Corrupted:
         """Return the rows start..stop-1."""
         extras = {k: v[start:stop] for k, v in self.extras.items()}
-        return type(self)(
-            self.clean.rows(start, stop), self.noisy_BL[start:stop], self.masked_BL[start:stop], extras
-        )
+        return type(self)(self.clean.rows(start, stop), self.noisy_BL[start:stop], self.masked_BL[start:stop], extras)
 
     def to(self, device: torch.device | str) -> Corrupted:
         extras = {k: v.to(device) for k, v in self.extras.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pkgutil
 from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from dllm_core.errors import DllmError, did_you_mean
@@ -21,7 +20,7 @@ def room_names() -> list[str]:
 
 
 def _check(room: str) -> None:
-    if not room.isidentifier() or find_spec(f"dllm_core.methods.{room}") is None:
+    if room not in room_names():
         raise DllmError(f"Unknown method '{room}'.", did_you_mean(room, room_names()))
 
 

@@ -1,0 +1,1 @@
+"""Masked diffusion with an independent random mask: the baseline conversion."""
