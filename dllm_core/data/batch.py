@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ class Batch:
 
     @property
     def length(self) -> int:
+        """Positions per row, padding included."""
         return self.input_ids_BL.shape[1]
 
     @property
@@ -48,5 +50,8 @@ class Batch:
         return replace(self, **{f.name: getattr(self, f.name)[start:stop] for f in fields(self)})
 
     def to(self, device: torch.device | str) -> Batch:
-        moved = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        """Return the batch with its tensors on `device`."""
+        moved: dict[str, Any] = {
+            f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)
+        }
         return replace(self, **moved)
