@@ -35,9 +35,7 @@ def _module_level_imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
             yield node.lineno, (node.module or "").split(".")[0]
         elif isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.dump(node.test):
             pending += node.body + node.orelse
-        elif isinstance(node, ast.Try):
-            pending += node.body
-        elif isinstance(node, ast.ClassDef):
+        elif isinstance(node, (ast.Try, ast.ClassDef)):
             pending += node.body
 
 
@@ -123,9 +121,7 @@ def test_no_machine_path_is_committed(pattern: str) -> None:
     suffixes = {".py", ".md", ".yaml", ".yml", ".toml", ".json", ".txt", ".lock"}
     skip = {".venv", "runs", ".git", "tests"}
     files = [
-        p
-        for p in ROOT.rglob("*")
-        if p.suffix in suffixes and p.is_file() and p.relative_to(ROOT).parts[0] not in skip
+        p for p in ROOT.rglob("*") if p.suffix in suffixes and p.is_file() and p.relative_to(ROOT).parts[0] not in skip
     ]
     found = [str(p.relative_to(ROOT)) for p in files if re.search(pattern, p.read_text(errors="ignore"))]
     assert not found, found

@@ -1,0 +1,135 @@
+"""Schema of results.json. docs/results_schema.md describes it for readers; a test keeps the two together.
+
+Version policy: a new optional field raises the minor number; a renamed, removed or re-defined one the major number.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = "1.0"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Estimate(_Part):
+    """A measured value and its standard error."""
+
+    value: float
+    se: float | None = Field(default=None, description="standard error over held-out sequences; null if not estimated")
+
+
+class TrainResult(_Part):
+    """What training a row did."""
+
+    steps: int
+    final_loss: float | None = Field(default=None, description="mean total loss of the last steps, nats; not a bound")
+    tokens_per_s: float | None = Field(default=None, description="response tokens per second of training time")
+    curve: list[dict[str, float]] = Field(default_factory=list, description="thinned loss curve: step, loss, ce")
+
+
+class CostResult(_Part):
+    """What the row cost, every budget unit side by side, shared work charged to each row that reads it."""
+
+    response_tokens: float = Field(description="response tokens presented to the method")
+    positions: float = Field(description="token positions forwarded, views and doubled layouts included")
+    flops: float = Field(description="training FLOPs, teacher included")
+    teacher_flops: float = Field(description="FLOPs of the frozen teacher for what this row reads")
+    train_s: float = Field(description="wall time of training, seconds")
+    extraction_s: float = Field(
+        description="wall time of anchors and trajectories this row reads, seconds, stand-alone"
+    )
+    peak_memory_gb: float | None = None
+    trainable_params: int
+    new_params: int = Field(description="parameters the base did not have")
+
+
+class EvalResult(_Part):
+    """Quality on held-out text. A bound and a judge's perplexity never share a column."""
+
+    nelbo_nats_per_token: Estimate | None = None
+    block_nelbo_nats_per_token: Estimate | None = None
+    exact_nats_per_token: Estimate | None = None
+    bits_per_byte: float | None = None
+    unigram_nats_per_token: float | None = None
+    masked_accuracy: dict[str, Estimate] = Field(default_factory=dict, description="by mask ratio")
+    masked_nll: dict[str, Estimate] = Field(default_factory=dict, description="nats per token, by mask ratio")
+    frontier: list[dict[str, Any]] = Field(default_factory=list, description="one entry a temperature")
+    samples: list[dict[str, Any]] = Field(default_factory=list)
+    num_sequences: int | None = None
+    num_scored_tokens: int | None = None
+    dtype: str | None = None
+    eval_s: float | None = None
+
+
+class BenchResult(_Part):
+    """Speed, measured in one process with all rows interleaved."""
+
+    steps: dict[str, dict[str, Any]] = Field(description="by denoising steps ('ar' for the autoregressive rows)")
+    peak_memory_gb: float | None = None
+    load_s: float | None = None
+
+
+class Row(_Part):
+    """One cell under one seed."""
+
+    row_id: str
+    name: str
+    method: str
+    seed: int
+    status: Literal["ok", "failed"]
+    trained: bool = Field(description="False: weights as they came; throughput of an untrained row is not ranked")
+    error: str | None = None
+    origin: str | None = Field(default=None, description="run that computed it, when it came from the cache")
+    trainable_params: int | None = None
+    train: TrainResult | None = None
+    eval: EvalResult | None = None
+    bench: BenchResult | None = None
+    cost: CostResult | None = None
+
+
+class Comparison(_Part):
+    """A paired difference between two rows on the same held-out sequences and noise."""
+
+    rows: tuple[str, str]
+    metric: str
+    difference: float = Field(description="first minus second, nats per token")
+    se: float
+    resolved: bool = Field(description="|difference| > 2 se; says nothing about another training seed")
+
+
+class Tie(_Part):
+    """A paired throughput ratio."""
+
+    rows: tuple[str, str]
+    steps: str
+    ratio: float
+    ci95: tuple[float, float]
+    verdict: Literal["tie", "faster", "slower", "not resolved"]
+
+
+class Results(_Part):
+    """The whole report as data."""
+
+    schema_version: str = SCHEMA_VERSION
+    run_id: str
+    created_at: str
+    preset: str
+    command: str
+    git_commit: str | None = None
+    git_dirty: bool | None = None
+    hardware: dict[str, Any] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
+    seeds: list[int]
+    budget: dict[str, Any]
+    model: dict[str, Any]
+    data: dict[str, Any]
+    cells: list[Row]
+    comparisons: list[Comparison] = Field(default_factory=list)
+    ties: list[Tie] = Field(default_factory=list)
+    ranked: bool = Field(description="quality is ranked only with three or more seeds")
+    notes: list[str] = Field(default_factory=list)

@@ -1,0 +1,207 @@
+"""The report: schema, paired comparisons, refusal to rank, tables and pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from steps.report import RowResult, build
+from steps.report.compare import PerSequence, SeedSummary, paired_difference, ranking
+from steps.report.schema import Results
+from steps.report.tables import markdown_table
+
+
+def evaluation(nats: float, *, kind: str = "nelbo", shift: float = 0.0) -> dict[str, Any]:
+    rng = random.Random(0)
+    values = [nats * 10 + rng.gauss(0, 3) for _ in range(16)]
+    return {
+        f"{kind}_nats_per_token": {"value": nats, "se": 0.02},
+        "bits_per_byte": 1.5,
+        "unigram_nats_per_token": 6.8,
+        "masked_accuracy": {"0.15": {"value": 0.4, "se": 0.01}},
+        "masked_nll": {"0.15": {"value": 3.0, "se": 0.1}, "0.5": {"value": 4.0, "se": 0.1}},
+        "frontier": [
+            {"temperature": 0.7, "judge_ppl": 30.0, "judge": "base (self-judged)", "unigram_entropy_nats": 5.0},
+            {"temperature": 1.0, "judge_ppl": 60.0, "judge": "base (self-judged)", "unigram_entropy_nats": 5.5},
+        ],
+        "samples": [{"prompt": "My fellow", "continuation": " citizens", "temperature": 0.7, "steps": 8}],
+        "history": {"tokens": [" a", " b", "\n"], "commit_step": [1, 2, 2]},
+        "prediction_strip": {"tokens": ["x", "y"], "state": ["given", "wrong"], "mask_ratio": 0.5},
+        "per_sequence": {kind: {"nats": [v + shift for v in values], "tokens": [10] * 16}},
+        "reference_text": {"judge_ppl": 16.0, "unigram_entropy_nats": 5.8},
+    }
+
+
+def summary() -> dict[str, Any]:
+    return {
+        "steps": 10,
+        "final_loss": 5.0,
+        "tokens_per_s": 200.0,
+        "response_tokens": 5120,
+        "positions": 6400,
+        "flops": 1e12,
+        "teacher_flops": 1e11,
+        "extraction_s": 3.0,
+        "wall_s": 20.0,
+        "peak_memory_gb": 2.0,
+        "trainable_params": 1000,
+        "new_params": 64,
+    }
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Any:
+    metrics = tmp_path / "metrics.jsonl"
+    lines = [{"step": i, "train/loss": 9.0 - 0.1 * i, "train/ce_nats_per_token": 8.0 - 0.1 * i} for i in range(10)]
+    metrics.write_text("\n".join(json.dumps(line) for line in lines))
+
+    def row(name: str, method: str, nats: float, **more: Any) -> RowResult:
+        return RowResult(
+            row_id=name,
+            name=name,
+            method=method,
+            seed=0,
+            status="ok",
+            trained=True,
+            metrics_path=str(metrics),
+            train=summary(),
+            evaluation=evaluation(nats, **more),
+        )
+
+    rows = [
+        row("random_mask", "random_mask", 5.5),
+        row("repr_align_all", "repr_align", 5.45, shift=-0.5),
+        row("ar_tuned", "ar", 2.7, kind="exact"),
+        RowResult("repr_align_4", "repr_align_4", "repr_align", 0, "failed", False, error="RuntimeError: boom"),
+    ]
+    speeds = {"8": {"tokens_per_s": {"median": 100.0, "ci95": [99.0, 101.0]}, "first_token_s": 0.2}}
+    bench = {
+        "rows": {
+            "random_mask": {"steps": speeds},
+            "repr_align_all": {"steps": speeds},
+            "ar_tuned": {"steps": {"ar": speeds["8"]}},
+        },
+        "ties": [
+            {
+                "rows": ["random_mask", "repr_align_all"],
+                "steps": "8",
+                "ratio": 1.0,
+                "ci95": [0.99, 1.01],
+                "verdict": "tie",
+            }
+        ],
+    }
+    spec = SimpleNamespace(
+        preset="test",
+        seeds=(0,),
+        budget=SimpleNamespace(model_dump=lambda: {"kind": "tokens", "value": 5120}),
+        train=SimpleNamespace(steps=None),
+    )
+    ctx = SimpleNamespace(run_id="run1", runs_dir=tmp_path / "runs")
+    return build(
+        spec,
+        rows,
+        bench,
+        ctx,
+        model={"source": "x"},
+        data={"source": "y", "unigram_nats_per_token": 6.8},
+        command="run",
+        hardware={"device": "cpu", "cpu": "test"},
+    )
+
+
+def test_results_json_round_trips_through_its_schema(report: Any) -> None:
+    results = Results.model_validate_json(Path(report.results_path).read_text())
+    assert [c.row_id for c in results.cells] == ["random_mask", "repr_align_all", "ar_tuned", "repr_align_4"]
+    assert results.cells[3].status == "failed"
+    assert results.cells[3].error == "RuntimeError: boom"
+    assert results.cells[0].cost is not None
+    assert results.cells[0].cost.flops == pytest.approx(1.1e12)
+    broken = json.loads(Path(report.results_path).read_text()) | {"surprise": 1}
+    with pytest.raises(ValidationError):
+        Results.model_validate(broken)
+
+
+def test_one_seed_is_not_ranked_and_the_failure_is_told(report: Any) -> None:
+    text = "\n".join(report.lines)
+    assert "not ranked: 1 seed" in text
+    assert "FAILED repr_align_4: RuntimeError: boom" in text
+    assert "random_mask +1.30" in text
+    assert "tie at equal steps" in text
+
+
+def test_every_figure_is_drawn_and_published(report: Any) -> None:
+    names = {"quality_vs_speed", "loss_curves", "mask_ratio_vs_loss", "frontier", "prediction_strip", "commit_order"}
+    assert set(report.figures) == names
+    latest = Path(report.directory).parent / "latest"
+    assert {p.name for p in latest.iterdir()} == {p.name for p in Path(report.directory).iterdir()}
+    assert all(Path(p).stat().st_size > 5000 for p in report.figures.values())
+
+
+def test_bounds_and_exact_values_stand_in_different_columns(report: Any) -> None:
+    lines = Path(report.markdown_path).read_text().splitlines()
+    header = next(line for line in lines if line.startswith("| row") and "NELBO" in line)
+    columns = [c.strip() for c in header.split("|")]
+    ar = next(line for line in lines if line.startswith("| ar_tuned")).split("|")
+    mdm = next(line for line in lines if line.startswith("| random_mask")).split("|")
+    assert ar[columns.index("NELBO")].strip() == "-"
+    assert ar[columns.index("exact nll")].strip() == "2.700 ± 0.020"
+    assert mdm[columns.index("exact nll")].strip() == "-"
+
+
+def test_csv_is_tidy(report: Any) -> None:
+    lines = (Path(report.directory) / "results.csv").read_text().splitlines()
+    assert lines[0] == "row_id,cell,method,seed,metric,value,se"
+    assert "random_mask,random_mask,random_mask,0,eval/nelbo_nats_per_token,5.5,0.02" in lines
+    assert "random_mask,random_mask,random_mask,0,bench/tokens_per_s@8,100.0," in lines
+
+
+def test_paired_difference_against_the_textbook_formula() -> None:
+    rng = random.Random(1)
+    common = [rng.gauss(50, 10) for _ in range(30)]
+    tokens = [rng.randint(5, 20) for _ in range(30)]
+    a = [c + t * 0.1 + rng.gauss(0, 0.5) for c, t in zip(common, tokens, strict=True)]
+    found = paired_difference(PerSequence(a, tokens), PerSequence(common, tokens), ("a", "b"), "nelbo")
+    assert found is not None
+    ratio = (sum(a) - sum(common)) / sum(tokens)
+    d = [x - y - ratio * t for x, y, t in zip(a, common, tokens, strict=True)]
+    variance = sum(v * v for v in d) / (len(d) - 1)
+    mean_tokens = sum(tokens) / len(tokens)
+    assert found.difference == pytest.approx(ratio)
+    assert found.se == pytest.approx(math.sqrt(variance / len(d)) / mean_tokens)
+    assert found.resolved, "the pairing removes the common variation, so a shift of .1 nats stands out"
+
+
+def test_rows_scored_on_other_tokens_are_not_compared() -> None:
+    assert paired_difference(PerSequence([1, 2], [3, 3]), PerSequence([1, 2], [3, 4]), ("a", "b"), "nelbo") is None
+
+
+def test_ranking_groups_what_is_not_separated() -> None:
+    cells = [
+        SeedSummary("far", "nelbo", (6.0, 6.01, 5.99)),
+        SeedSummary("near", "nelbo", (5.02, 5.0, 5.01)),
+        SeedSummary("best", "nelbo", (5.0, 5.01, 5.02)),
+        SeedSummary("other", "exact", (1.0, 1.0, 1.0)),
+    ]
+    groups = ranking(cells, "nelbo")
+    assert [set(g) for g in groups] == [{"near", "best"}, {"far"}]
+
+
+def test_markdown_table_is_aligned() -> None:
+    table = markdown_table(["row", "x"], [["a", "1.0"], ["long name", "10.0"]])
+    assert len({len(line) for line in table.splitlines()}) == 1
+
+
+def test_schema_page_names_every_field() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "results_schema.md").read_text()
+    schema = Results.model_json_schema()
+    models = {"Results": schema, **schema["$defs"]}
+    missing = [f"{m}.{f}" for m, s in models.items() for f in s["properties"] if f"`{f}`" not in page]
+    assert not missing, missing
