@@ -116,6 +116,7 @@ def build(
     (directory / "results.json").write_text(results.model_dump_json(indent=1))
     (directory / "results.csv").write_text(tables.results_csv(results))
     (directory / "report.md").write_text(render_markdown(results, lines, [p.name for p in drawn.values()]))
+    _link_cells(directory / "cells", rows)
     _publish_latest(directory)
     return ReportArtifact(
         directory=str(directory),
@@ -305,11 +306,24 @@ def git_state() -> tuple[str | None, bool | None]:
     return commit.stdout.strip(), bool(status.stdout.strip())
 
 
+def _link_cells(directory: Path, rows: Sequence[RowResult]) -> None:
+    """Give every finished cell a readable path: cells/<row> -> its directory in the step cache."""
+    directory.mkdir(exist_ok=True)
+    for row in rows:
+        link = directory / row.row_id
+        link.unlink(missing_ok=True)
+        if row.cell_dir is not None:
+            link.symlink_to(os.path.relpath(row.cell_dir, directory.resolve()))
+
+
 def _publish_latest(directory: Path) -> None:
-    """Make runs/reports/latest a copy, swapped in as a whole: pictures stay readable while a new run writes."""
+    """Make runs/reports/latest a copy, swapped in as a whole: pictures stay readable while a new run writes.
+
+    A copy lies as deep as the original, so that its relative links to the cells hold.
+    """
     latest = directory.parent / "latest"
     fresh = directory.parent / f".latest-{os.getpid()}"
-    shutil.copytree(directory, fresh, dirs_exist_ok=True)
+    shutil.copytree(directory, fresh, dirs_exist_ok=True, symlinks=True)
     old = directory.parent / f".old-{os.getpid()}"
     if latest.exists():
         latest.rename(old)

@@ -63,6 +63,8 @@ def report(tmp_path: Path) -> Any:
     metrics.write_text("\n".join(json.dumps(line) for line in lines))
 
     def row(name: str, method: str, nats: float, **more: Any) -> RowResult:
+        (tmp_path / "cache" / name).mkdir(parents=True)
+        (tmp_path / "cache" / name / "cell.json").write_text("{}")
         return RowResult(
             row_id=name,
             name=name,
@@ -71,6 +73,7 @@ def report(tmp_path: Path) -> Any:
             status="ok",
             trained=True,
             metrics_path=str(metrics),
+            cell_dir=str(tmp_path / "cache" / name),
             train=summary(),
             evaluation=evaluation(nats, **more),
         )
@@ -143,6 +146,12 @@ def test_every_figure_is_drawn_and_published(report: Any) -> None:
     latest = Path(report.directory).parent / "latest"
     assert {p.name for p in latest.iterdir()} == {p.name for p in Path(report.directory).iterdir()}
     assert all(Path(p).stat().st_size > 5000 for p in report.figures.values())
+
+
+def test_cells_have_a_readable_path(report: Any) -> None:
+    cells = Path(report.directory).parent / "latest" / "cells"
+    assert sorted(p.name for p in cells.iterdir()) == ["ar_tuned", "random_mask", "repr_align_all"]
+    assert (cells / "random_mask" / "cell.json").is_file()
 
 
 def test_bounds_and_exact_values_stand_in_different_columns(report: Any) -> None:
