@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -45,3 +47,30 @@ class Contract(BaseModel):
                     f"The checkpoint was made with {name}={found!r}, but {name}={value!r} was asked for.",
                     "Load it with its own settings, or convert the base model again.",
                 )
+
+
+def read_contract(directory: Path | str) -> Contract:
+    """Read the contract of a converted checkpoint without loading its weights.
+
+    Raises:
+        ContractError: there is none, or it is not understood.
+    """
+    path = Path(directory) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ContractError(
+            f"'{directory}' holds no readable config.json.", "Give the directory of a converted checkpoint."
+        ) from error
+    if "dllm" not in config:
+        raise ContractError(
+            f"'{directory}' is a plain causal model: its config.json has no 'dllm' contract.",
+            "Convert it first (dllm_core.backbone.conversion.convert).",
+        )
+    try:
+        return Contract(**config["dllm"])
+    except (TypeError, ValueError) as error:
+        raise ContractError(
+            f"The contract in '{path}' is not understood: {config['dllm']!r}.",
+            "It was written by another version; convert the base model again.",
+        ) from error
