@@ -1,0 +1,77 @@
+"""Most probable token, its log-probability, the runner-up's, and the entropy of each row.
+
+M rows, D hidden, V vocabulary. Logits exist for one chunk of rows at a time.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dllm_core.kernels.dispatch import rows_per_chunk
+
+
+class TokenStats(NamedTuple):
+    """Statistics of M distributions at temperature 1.
+
+    Attributes:
+        argmax_M: int64; the lowest id among equals.
+        top_logprob_M: log p of it, nats, fp32.
+        second_logprob_M: log p of the runner-up (an equal of the first where there is a tie), nats, fp32; -inf where
+            only one id is allowed; None when not asked for.
+        entropy_M: nats, fp32; None when not asked for.
+    """
+
+    argmax_M: Tensor
+    top_logprob_M: Tensor
+    second_logprob_M: Tensor | None
+    entropy_M: Tensor | None
+
+
+@torch.no_grad()
+def stats(
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    blocked_V: Tensor | None = None,
+    chunk_rows: int | None = None,
+    *,
+    second: bool = True,
+    entropy: bool = False,
+) -> TokenStats:
+    """Return the statistics of softmax(hidden @ weight.T) for each row; fp32 arithmetic, no gradient.
+
+    Args:
+        hidden_MD: states the head reads, float.
+        weight_VD: rows of the head, same dtype.
+        blocked_V: bool; ids whose logit is -inf.
+        chunk_rows: rows of logits held at a time; default by vocabulary and device.
+        second: also find the runner-up (one more pass over the logits).
+        entropy: also compute the entropy (one more pass).
+    """
+    num_rows, device = len(hidden_MD), hidden_MD.device
+    argmax_M = torch.empty(num_rows, dtype=torch.long, device=device)
+    top_M, second_M, entropy_M = (torch.empty(num_rows, device=device) for _ in range(3))
+    step = chunk_rows or rows_per_chunk(weight_VD.shape[0], device.type)
+    for start in range(0, num_rows, step):
+        rows = slice(start, start + step)
+        logits_CV = (hidden_MD[rows] @ weight_VD.T).float()
+        if blocked_V is not None:
+            logits_CV.masked_fill_(blocked_V, -torch.inf)
+        best_C, argmax_M[rows] = logits_CV.max(-1)
+        if second:
+            at_C1 = argmax_M[rows][:, None]
+            logits_CV.scatter_(-1, at_C1, -torch.inf)
+            second_M[rows] = logits_CV.amax(-1) - best_C
+            logits_CV.scatter_(-1, at_C1, best_C[:, None])
+        # logits relative to the best one: log p(top) = -log sum exp
+        logits_CV.sub_(best_C[:, None])
+        p_CV = logits_CV.exp()
+        norm_C = p_CV.sum(-1)
+        top_M[rows] = -norm_C.log()
+        if entropy:
+            # 0 * -inf of blocked ids must be 0
+            weighted_C = p_CV.mul_(logits_CV.clamp_(min=torch.finfo(torch.float32).min)).sum(-1)
+            entropy_M[rows] = norm_C.log() - weighted_C / norm_C
+    return TokenStats(argmax_M, top_M, top_M + second_M if second else None, entropy_M if entropy else None)
