@@ -229,7 +229,7 @@ class Method(nn.Module, ABC):
     def loss(self, corrupted: Corrupted, totals: dict[str, float], info: StepInfo, resources: Resources) -> LossOutput:
         """Return this micro-batch's contribution to the global loss."""
 
-    def on_step_end(self, info: StepInfo) -> None:  # noqa: B027 - optional hook
+    def on_step_end(self, info: StepInfo) -> None:
         """Called after each optimiser step (EMA, adaptive samplers)."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:

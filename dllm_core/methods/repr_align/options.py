@@ -27,7 +27,7 @@ class Options(RandomMaskOptions):
     teacher: Literal["cache", "live"] = "cache"
 
     def requirements(self, num_layers: int) -> Requirements:
-        """Ask for the teacher's states at the rows that predict response tokens (checks the layer list even if live)."""
+        """Ask for the teacher's states at the rows that predict response tokens; checks the layers in any case."""
         layers = layer_names(self.layers, num_layers)
         if self.teacher == "live" or self.weight == 0:
             return Requirements()

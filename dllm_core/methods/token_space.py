@@ -1,0 +1,172 @@
+"""Masked diffusion over tokens: what its rooms share. B batch, L length, R forwarded rows, M masked, D hidden.
+
+A room turns a corrupted micro-batch into a `View`: the rows to forward, and one weight per masked token for every
+term of its loss. Weights already hold the global denominators, so a contribution is a plain weighted sum and splitting
+the batch changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dllm_core.data.batch import Batch
+from dllm_core.methods.protocol import GenerationOutput, LossOutput, SamplingRequest, ScoredTokens
+from dllm_core.methods.single_network import FORWARD_AND_BACKWARD, SingleNetworkMethod, gather_rows
+
+if TYPE_CHECKING:
+    from dllm_core.kernels.masked_ce import TokenLosses
+    from dllm_core.samplers.config import DiffusionGenerationConfig
+
+
+@dataclass
+class View:
+    """Rows to forward and what to charge for each masked token.
+
+    Attributes:
+        batch: the clean rows, one per forwarded row (a sequence may appear more than once).
+        source_R: int64; row of the micro-batch that each forwarded row comes from.
+        noisy_RL: token ids with mask tokens in place, int64.
+        masked_RL: bool; tokens to predict. Mask tokens outside it carry no loss.
+        ce_RL: weight of the cross-entropy of a token.
+        accuracy_RL: weight of "the most probable token is right", for the log.
+        path_RL: weight of sg(p) * cross-entropy; None for rooms or settings without it.
+        entropy_RL: weight of the entropy on tokens that are right; None for rooms without it.
+        entropy_temperature: of that entropy.
+        align_RL: weight of 1 - cos, lambda left out; 0 at positions that are not aligned. None for rooms without it.
+    """
+
+    batch: Batch
+    source_R: Tensor
+    noisy_RL: Tensor
+    masked_RL: Tensor
+    ce_RL: Tensor
+    accuracy_RL: Tensor
+    path_RL: Tensor | None = None
+    entropy_RL: Tensor | None = None
+    entropy_temperature: float = 1.0
+    align_RL: Tensor | None = None
+
+
+def take_rows(batch: Batch, index_R: Tensor) -> Batch:
+    """Return the rows `index_R` of a batch, repeats allowed."""
+    rows = index_R.tolist()
+    index_R = index_R.to(batch.input_ids_BL.device)
+    return Batch(
+        input_ids_BL=batch.input_ids_BL[index_R],
+        response_BL=batch.response_BL[index_R],
+        document_BL=batch.document_BL[index_R],
+        position_BL=batch.position_BL[index_R],
+        sample_ids=tuple(batch.sample_ids[row] for row in rows),
+        epochs=tuple(batch.epochs[row] for row in rows),
+        sequence_keys=tuple(batch.sequence_keys[row] for row in rows),
+    )
+
+
+def per_row_mean(masked_BL: Tensor) -> Tensor:
+    """Return weight_BL, fp32: 1 / (masked tokens of the row) at masked tokens, 0 elsewhere (also in empty rows)."""
+    masked_BL = masked_BL.float()
+    return masked_BL / masked_BL.sum(1, keepdim=True).clamp(min=1.0)
+
+
+class TokenSpaceMethod(SingleNetworkMethod):
+    """A bidirectional denoiser: predicts masked tokens, decodes by unmasking step by step."""
+
+    causal = False
+    tokenizer: Any = None
+
+    def mask(self, batch: Batch, masked_BL: Tensor) -> Tensor:
+        """Return the ids of `batch` with the mask token at `masked_BL`."""
+        return batch.input_ids_BL.masked_fill(masked_BL, self.backbone.contract.mask_token_id)
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def token_terms(self, view: View, hidden_RLD: Tensor) -> tuple[TokenLosses, dict[str, Tensor | float]]:
+        """Return the token losses of a view and the parts to log, each a contribution to a global mean.
+
+        Only rows that predict a masked token go through the head.
+        """
+        from dllm_core.kernels.masked_ce import token_losses
+
+        masked_RL = view.masked_RL
+        ce_M = view.ce_RL[masked_RL]
+        path_M = None if view.path_RL is None else view.path_RL[masked_RL]
+        entropy_M = None if view.entropy_RL is None else view.entropy_RL[masked_RL]
+        losses = token_losses(
+            gather_rows(hidden_RLD, self.predictor_rows(masked_RL)),
+            self.backbone.head_weight_VD,
+            view.batch.input_ids_BL[masked_RL],
+            ce_M=ce_M,
+            path_M=path_M,
+            entropy_M=entropy_M,
+            entropy_temperature=view.entropy_temperature,
+            blocked_V=self.backbone.blocked_V,
+        )
+        parts: dict[str, Tensor | float] = {
+            "ce_nats": (ce_M * losses.nll_M).sum(),
+            "masked_accuracy": (view.accuracy_RL[masked_RL] * losses.correct_M).sum(),
+        }
+        if path_M is not None:
+            parts["path_nats"] = (path_M * torch.exp(-losses.nll_M) * losses.nll_M).sum()
+        if entropy_M is not None and losses.entropy_M is not None:
+            parts["entropy_nats"] = (entropy_M * losses.correct_M * losses.entropy_M).sum()
+        return losses, parts
+
+    def empty_loss(self) -> LossOutput:
+        """Return the contribution of rows in which nothing is masked: a zero that backward accepts."""
+        return LossOutput(torch.zeros((), device=self.backbone.device, requires_grad=True), {})
+
+    def training_flops(self, view: View) -> float:
+        """Return the operations of one forward and backward over a view."""
+        rows, length = view.masked_RL.shape
+        return FORWARD_AND_BACKWARD * self.backbone.flops_forward(rows * length, length, int(view.masked_RL.sum()))
+
+    # -- measuring ----------------------------------------------------------------------------------------------------
+
+    def masked_nll(self, batch: Batch, masked_BL: Tensor) -> ScoredTokens:
+        """Return -log p(token | the unmasked ones) at `masked_BL`, in nats, fp32. One forward.
+
+        Args:
+            batch: clean sequences on the backbone's device.
+            masked_BL: bool; response tokens to hide and score. Rows may be empty.
+        """
+        return self.score(batch, self.mask(batch, masked_BL), masked_BL)
+
+    # -- generating ---------------------------------------------------------------------------------------------------
+
+    def sample(
+        self,
+        prompts: Sequence[Tensor],
+        request: SamplingRequest,
+        on_draft: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> GenerationOutput:
+        """Generate a response for each prompt by confidence unmasking; see `Method.sample`."""
+        from dllm_core.samplers.config import DiffusionGenerationConfig
+        from dllm_core.samplers.loop import generate
+
+        config = DiffusionGenerationConfig.from_request(request)
+        with self.measuring():
+            return generate(self.backbone, prompts, config, sample_ids=request.sample_ids, on_draft=on_draft)
+
+    def generate(
+        self,
+        input_ids: Tensor | Sequence[Tensor],
+        generation_config: DiffusionGenerationConfig | None = None,
+        **options: Any,
+    ) -> GenerationOutput:
+        """Generate in the dialect of transformers.
+
+        Args:
+            input_ids: prompts, int64 [B, C], or a list of 1-D tensors of any lengths.
+            generation_config: how to decode; the defaults when None.
+            options: passed on to `dllm_core.samplers.loop.generate` (`streamer`, `on_draft`, `sample_ids`, ...).
+        """
+        from dllm_core.samplers.config import DiffusionGenerationConfig
+        from dllm_core.samplers.loop import generate
+
+        with self.measuring():
+            return generate(self.backbone, input_ids, generation_config or DiffusionGenerationConfig(), **options)
