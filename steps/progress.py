@@ -1,21 +1,21 @@
 """How far a piece of work has come: a line every ten seconds, or a bar when somebody watches.
 
-A Metaflow task writes into a pipe, so it cannot draw. When the launcher sits on a terminal it sets `DLLM_PROGRESS=pipe`:
-tasks then send `PREFIX`-marked JSON lines twice a second and the launcher draws them as one bar (`render`).
+A Metaflow task writes into a pipe and cannot draw. So on a terminal the launcher sets `DLLM_PROGRESS=watched`: the tasks
+then write their line every second, and the launcher shows the latest as a bar (`parse`).
 """
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
 from typing import TextIO
 
-PREFIX = "@progress "
 LINE_EVERY_S = 10.0
-BAR_EVERY_S = 0.5
+WATCHED_EVERY_S = 1.0
+BAR_EVERY_S = 0.2
 BAR_WIDTH = 24
 
 
@@ -39,9 +39,9 @@ def number(value: float) -> str:
 
 
 def mode(stream: TextIO) -> str:
-    """Return "pipe", "bar" or "lines"."""
-    if os.environ.get("DLLM_PROGRESS") == "pipe":
-        return "pipe"
+    """Return "watched", "bar" or "lines"."""
+    if os.environ.get("DLLM_PROGRESS") == "watched" and not stream.isatty():
+        return "watched"
     return "bar" if stream.isatty() and os.environ.get("TERM") != "dumb" else "lines"
 
 
@@ -50,6 +50,15 @@ def bar(name: str, done: int, total: int | None, text: str, width: int) -> str:
     filled = round(BAR_WIDTH * done / total) if total else 0
     drawn = f"[{name}] {'#' * min(filled, BAR_WIDTH):-<{BAR_WIDTH}} {text}"
     return drawn[: max(20, width - 1)]
+
+
+_LINE = re.compile(r"\[(?P<name>[\w.-]+)\] (?P<text>\w+ (?P<done>\d+)/(?P<total>\d+)\b.*)")
+
+
+def parse(line: str) -> tuple[str, int, int, str] | None:
+    """Return (name, done, total, text) of a progress line, whatever stands before it; None for other lines."""
+    found = _LINE.search(line)
+    return (found["name"], int(found["done"]), int(found["total"]), found["text"].strip()) if found else None
 
 
 class Progress:
@@ -79,7 +88,7 @@ class Progress:
         self._stream = stream or sys.stdout
         self._clock = clock
         self._mode = mode(self._stream)
-        self._every = LINE_EVERY_S if self._mode == "lines" else BAR_EVERY_S
+        self._every = {"lines": LINE_EVERY_S, "watched": WATCHED_EVERY_S, "bar": BAR_EVERY_S}[self._mode]
         self._start = clock()
         self._first: int | None = None
         self._last = -1e9
@@ -113,10 +122,7 @@ class Progress:
         return " ".join(parts)
 
     def _emit(self, done: int, total: int | None, text: str) -> None:
-        if self._mode == "pipe":
-            line = PREFIX + json.dumps({"name": self.name, "done": done, "total": total, "text": text})
-            print(line, file=self._stream, flush=True)
-        elif self._mode == "bar":
+        if self._mode == "bar":
             line = bar(self.name, done, total, text, _columns())
             print("\r" + line.ljust(self._drawn), end="", file=self._stream, flush=True)
             self._drawn = len(line)

@@ -24,6 +24,7 @@ INFRASTRUCTURE = frozenset(
         "dllm_core.errors",  # how a failure is worded changes no result
         "steps.cache",
         "steps.context",
+        "steps.failures",
         "steps.grid",
         "steps.locks",
         "steps.plan",

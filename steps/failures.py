@@ -1,0 +1,99 @@
+"""What went wrong, kept small enough to travel as an artifact and to be the last line on the screen."""
+
+from __future__ import annotations
+
+import json
+import re
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from steps.cache.store import write_json
+
+Kind = Literal["user", "error", "killed"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One failure.
+
+    Attributes:
+        where: the row, or the step for work that no row owns.
+        stage: step function that raised, e.g. `train_cell`.
+        kind: `user` can be mended with other settings; `killed` left no traceback.
+        problem: one line.
+        remedy: what to try; may be empty.
+        trace: traceback text, empty for user errors.
+    """
+
+    where: str
+    stage: str
+    kind: Kind
+    problem: str
+    remedy: str = ""
+    trace: str = ""
+
+
+class RowFailed(RuntimeError):
+    """A recorded failure, raised again where it has to stop the run."""
+
+    def __init__(self, failure: Failure) -> None:
+        self.failure = failure
+        super().__init__(f"{failure.where}: {failure.problem}")
+
+    def __reduce__(self) -> tuple[type, tuple[Failure]]:
+        return type(self), (self.failure,)
+
+
+_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory|DefaultCPUAllocator", re.I)
+
+
+def describe(error: BaseException, where: str, stage: str) -> Failure:
+    """Return the failure that an exception means for the user."""
+    if isinstance(error, RowFailed):
+        return error.failure
+    problem, remedy = getattr(error, "problem", None), getattr(error, "remedy", "")
+    if isinstance(problem, str):  # DllmError and ParamsError
+        return Failure(where, stage, "user", problem, remedy)
+    trace = "".join(traceback.format_exception(error))
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, MemoryError) or _MEMORY.search(str(error)):
+        return Failure(where, stage, "error", f"out of memory: {first}", _LESS_MEMORY, trace)
+    if isinstance(error, OSError) and error.errno == 28:
+        remedy = "Free disk space (python -m steps.cache gc --keep 20GB), then resume."
+        return Failure(where, stage, "error", f"no space left on the disk: {first}", remedy, trace)
+    return Failure(where, stage, "error", f"{type(error).__name__}: {first}", "", trace)
+
+
+def killed(where: str) -> Failure:
+    """Return the failure of a task that ended without a word."""
+    problem = "the task was killed before it could say why (out of memory? a crash in native code?)"
+    return Failure(where, "task", "killed", problem, _LESS_MEMORY)
+
+
+_LESS_MEMORY = "Try --set train.micro_batch_size=1,train.activation_checkpointing=true; training resumes where it was."
+
+
+def status_dir(runs_dir: Path, run_id: str) -> Path:
+    """Return where a run leaves word for the launcher."""
+    return runs_dir / "status" / run_id
+
+
+def leave_word(runs_dir: Path, run_id: str, failure: Failure) -> None:
+    """Write a failure where the launcher reads it."""
+    folder = status_dir(runs_dir, run_id)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / f"{failure.where}.json", asdict(failure))
+
+
+def forget(runs_dir: Path, run_id: str, where: str) -> None:
+    """Take back what was written about `where`: it works now."""
+    (status_dir(runs_dir, run_id) / f"{where}.json").unlink(missing_ok=True)
+
+
+def words_left(runs_dir: Path, run_id: str) -> list[Failure]:
+    """Return the failures of a run, oldest first."""
+    folder = status_dir(runs_dir, run_id)
+    files = sorted(folder.glob("*.json"), key=lambda p: p.stat().st_mtime_ns) if folder.is_dir() else []
+    return [Failure(**json.loads(p.read_text(encoding="utf-8"))) for p in files]
