@@ -1,0 +1,118 @@
+"""The canvas: given tokens, and the places to fill. B batch, C canvas length.
+
+Which positions are to be filled is a boolean tensor, never found by comparing ids: a prompt that happens to contain
+the mask token keeps it as data. Rows of different length are padded on the right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from dllm_core.errors import DllmError
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """What a model is asked to fill in.
+
+    Attributes:
+        input_ids_BC: int64; read where `fixed_BC`, ignored elsewhere.
+        fixed_BC: bool; tokens that are given and never change.
+        lengths: tokens of each row; what lies beyond is padding.
+    """
+
+    input_ids_BC: Tensor
+    fixed_BC: Tensor
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def from_prompts(cls, prompts: Tensor | Sequence[Tensor], max_new_tokens: int) -> Canvas:
+        """Return prompts followed by `max_new_tokens` places each.
+
+        Args:
+            prompts: int64 [B, L] or 1-D tensors.
+            max_new_tokens: places to fill after each prompt.
+        """
+        rows = [torch.cat((p, p.new_zeros(max_new_tokens))) for p in prompts]
+        fixed = [torch.arange(len(row)) < len(p) for row, p in zip(rows, prompts, strict=True)]
+        return cls._padded(rows, fixed)
+
+    @classmethod
+    def from_infill(cls, rows: Tensor | Sequence[Tensor], infill_mask: Tensor | Sequence[Tensor]) -> Canvas:
+        """Return rows with places where the mask is True.
+
+        Args:
+            rows: int64 [B, L] or 1-D tensors.
+            infill_mask: bool, the same shapes.
+
+        Raises:
+            DllmError: the shapes differ.
+        """
+        shapes = [tuple(r.shape) for r in rows], [tuple(m.shape) for m in infill_mask]
+        if shapes[0] != shapes[1]:
+            raise DllmError(
+                f"The infill mask does not fit the ids: rows of shape {shapes[1]} and {shapes[0]}.",
+                "Give one boolean per token.",
+            )
+        return cls._padded(list(rows), [~m.bool() for m in infill_mask])
+
+    @classmethod
+    def _padded(cls, rows: Sequence[Tensor], fixed: Sequence[Tensor]) -> Canvas:
+        return cls(
+            pad_sequence(list(rows), batch_first=True),
+            pad_sequence([f.to(row.device) for f, row in zip(fixed, rows, strict=True)], batch_first=True),
+            tuple(len(row) for row in rows),
+        )
+
+    @property
+    def is_padded(self) -> bool:
+        return any(n < self.input_ids_BC.shape[1] for n in self.lengths)
+
+    @property
+    def real_BC(self) -> Tensor:
+        """Bool; True where a row has a token, False on padding."""
+        length_B = torch.tensor(self.lengths, device=self.input_ids_BC.device)
+        return torch.arange(self.input_ids_BC.shape[1], device=length_B.device) < length_B[:, None]
+
+    @property
+    def to_fill_BC(self) -> Tensor:
+        """Bool; True where a token is to be generated."""
+        return self.real_BC & ~self.fixed_BC
+
+    def check(self, num_rows: int, *, first_token_given: bool) -> None:
+        """Refuse what cannot be decoded.
+
+        Args:
+            num_rows: rows of the embedding table.
+            first_token_given: the alignment is shifted, so that nothing predicts the first position.
+
+        Raises:
+            DllmError: shapes that do not fit, an empty row, an id outside the table, nothing to predict a token from.
+        """
+        shape = tuple(self.input_ids_BC.shape)
+        if len(shape) != 2 or tuple(self.fixed_BC.shape) != shape or len(self.lengths) != shape[0]:
+            raise DllmError(
+                f"Ids of shape {shape}, fixed of shape {tuple(self.fixed_BC.shape)} and {len(self.lengths)} lengths do "
+                "not make a canvas.",
+                "Give ids and fixed as [batch, length] and one length per row.",
+            )
+        if any(not 1 <= n <= shape[1] for n in self.lengths):
+            raise DllmError(f"Row lengths {list(self.lengths)} do not fit a canvas of {shape[1]}.", "Give 1..length.")
+        given = self.input_ids_BC[self.fixed_BC & self.real_BC]
+        wrong = given[(given < 0) | (given >= num_rows)]
+        if wrong.numel():
+            raise DllmError(
+                f"Given token id {int(wrong[0])} lies outside the model's 0..{num_rows - 1}.",
+                "Tokenise with the tokenizer that was saved with the model.",
+            )
+        if first_token_given and not bool(self.fixed_BC[:, 0].all()):
+            row = int((~self.fixed_BC[:, 0]).nonzero()[0])
+            raise DllmError(
+                f"Row {row} has no token at position 0, and with shifted alignment nothing predicts it.",
+                "Begin every row with a given token, such as BOS or one token of the prompt.",
+            )

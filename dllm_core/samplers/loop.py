@@ -1,0 +1,282 @@
+"""The decoding loop of all token-space models: initialise canvas -> denoise -> accept -> renoise.
+
+B batch, C canvas length, M scored rows, D hidden. Scheduled rules read nothing back from the device while they run;
+`threshold` and `stop_at_eos` read one small tensor per pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dllm_core.backbone import masks
+from dllm_core.corruption.noise import NoiseSource
+from dllm_core.methods.protocol import GenerationOutput
+from dllm_core.samplers.acceptance import Draft, acceptance_rule
+from dllm_core.samplers.blocks import Plan, StepPlan, block_of_positions
+from dllm_core.samplers.canvas import Canvas
+from dllm_core.samplers.denoise import propose
+from dllm_core.samplers.stopwatch import Stopwatch
+from dllm_core.samplers.streaming import DraftStream, OnDraft, Streamer
+
+if TYPE_CHECKING:
+    from dllm_core.backbone.backbone import Backbone
+    from dllm_core.samplers.config import DiffusionGenerationConfig
+
+
+Rows = Tensor | Sequence[Tensor]
+
+
+def generate(
+    backbone: Backbone,
+    input_ids: Rows,
+    config: DiffusionGenerationConfig,
+    *,
+    infill_mask: Rows | None = None,
+    sample_ids: Sequence[int] | None = None,
+    streamer: Streamer | None = None,
+    on_draft: OnDraft | None = None,
+) -> GenerationOutput:
+    """Continue prompts, or fill in masks anywhere.
+
+    Args:
+        backbone: a converted checkpoint; its contract says how states and tokens align.
+        input_ids: int64 [B, L], or a list of 1-D tensors of any lengths; at least one token each.
+        config: steps, acceptance rule, temperature, blocks, EOS, seed; and how much to generate after each prompt.
+        infill_mask: bool, shaped as `input_ids`; True where a token is to be generated in place. Nothing is appended
+            then, and `config.max_new_tokens` is not used.
+        sample_ids: one id per row, which with the seed keys its noise; None means 0..B-1.
+        streamer: transformers' streamer protocol, one row only.
+        on_draft: called after each pass with (canvas, committed): ids [B, C] with drafts where there are any and the
+            mask token elsewhere, and bool [B, C], True where a token stands.
+
+    Returns:
+        Sequences without padding, on the CPU, cut after the first EOS with `stop_at_eos`. An EOS counts only where
+        nothing given follows it, so text that is infilled in the middle is never cut. The output of a row does not
+        depend on the batch it is in (up to rounding of near-ties).
+
+    Raises:
+        DllmError: rows that cannot be decoded, fewer steps than blocks, a span longer than the model's context.
+    """
+    if infill_mask is None:
+        canvas = Canvas.from_prompts(input_ids, config.max_new_tokens)
+    else:
+        canvas = Canvas.from_infill(input_ids, infill_mask)
+    return fill(backbone, canvas, config, sample_ids=sample_ids, streamer=streamer, on_draft=on_draft)
+
+
+def fill(
+    backbone: Backbone,
+    canvas: Canvas,
+    config: DiffusionGenerationConfig,
+    *,
+    sample_ids: Sequence[int] | None = None,
+    reference_ids_BC: Tensor | None = None,
+    streamer: Streamer | None = None,
+    on_draft: OnDraft | None = None,
+) -> GenerationOutput:
+    """Fill the open places of a canvas; `generate` says what the arguments mean.
+
+    Args:
+        backbone: as for `generate`.
+        canvas: given tokens and places to fill; decides how much is generated.
+        config: as for `generate`.
+        sample_ids: as for `generate`.
+        reference_ids_BC: int64; tokens to commit in place of the drafted ones. The order stays that of the drafts,
+            which is what a commit order over known text is.
+        streamer: as for `generate`.
+        on_draft: as for `generate`.
+    """
+    stream = DraftStream(streamer, len(canvas.lengths)) if streamer is not None else None
+    with torch.inference_mode():
+        decoding = Decoding(backbone, canvas, config, sample_ids)
+        if stream:
+            stream.commit(decoding.canvas_BC[0], decoding.settled(0))
+        while (step := decoding.plan.next_step(decoding.device)) is not None:
+            stop = decoding.block_end(0) if stream else 0
+            drafted_BC = decoding.advance(step, reference_ids_BC)
+            if on_draft is not None:
+                on_draft(drafted_BC, decoding.real_BC & ~decoding.masked_BC)
+            if stream:
+                stream.draft(drafted_BC[0], stop)
+                stream.commit(decoding.canvas_BC[0], decoding.settled(0))
+    output = decoding.output()
+    if stream:
+        stream.commit(output.sequences[0], len(output.sequences[0]))
+        stream.end()
+    return output
+
+
+def positions(chosen_BC: Tensor, count: int) -> Tensor:
+    """Return the flat indices of the True entries, in order; `count` is how many there are, known to the caller."""
+    return torch.nonzero_static(chosen_BC.flatten(), size=count)[:, 0]
+
+
+class Decoding:
+    """The state of one `generate` call.
+
+    Attributes:
+        plan: what is still to do, on the host.
+        canvas_BC: int64; the present canvas.
+        masked_BC: bool; places still to fill.
+        commit_BC: int64; the 1-based pass at which each place was last filled, 0 before.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        canvas: Canvas,
+        config: DiffusionGenerationConfig,
+        sample_ids: Sequence[int] | None,
+    ) -> None:
+        self.device = backbone.embedding_weight_VD.device
+        self.stopwatch = Stopwatch(self.device)
+        contract = backbone.contract
+        self.shift = 1 if contract.alignment == "shifted" else 0
+        canvas.check(len(backbone.embedding_weight_VD), first_token_given=self.shift == 1)
+        self.backbone, self.config, self.lengths = backbone, config, canvas.lengths
+        self.rule = acceptance_rule(config.sampler_config)
+        self.mask_token_id = contract.mask_token_id
+        # positions to fill, per row, known on the host: the plan is made from them
+        self.places = [row.nonzero()[:, 0].tolist() for row in canvas.to_fill_BC.cpu()]
+        for places in self.places:
+            config.require_steps(len(places))
+        self.plan = Plan([len(p) for p in self.places], config.max_denoising_steps, config.block_size, self.rule)
+
+        to_fill_BC = canvas.to_fill_BC.to(self.device)
+        self.real_BC = canvas.real_BC.to(self.device)
+        self.block_BC = block_of_positions(to_fill_BC, config.block_size)
+        self.canvas_BC = self.rule.initialize_canvas(
+            canvas.input_ids_BC.to(self.device), to_fill_BC, self.mask_token_id
+        )
+        self.masked_BC = to_fill_BC
+        self.commit_BC = torch.zeros_like(self.canvas_BC)
+        self.attention_mask_B1LL = None
+        if canvas.is_padded:
+            self.attention_mask_B1LL = masks.document_mask(self.real_BC.long() - 1, causal=False)
+        self._start_eos(to_fill_BC)
+        self._start_noise(to_fill_BC, tuple(range(len(self.lengths)) if sample_ids is None else sample_ids))
+        self.passes = 0
+
+    def _start_eos(self, to_fill_BC: Tensor) -> None:
+        """Find the places where an EOS ends the text: those that nothing given follows."""
+        eos = self.config.eos_token_ids or self.backbone.config.eos_token_id
+        eos = () if eos is None else (eos if isinstance(eos, list | tuple) else (eos,))
+        self.eos_ids = torch.tensor(eos, device=self.device) if self.config.stop_at_eos and eos else None
+        given_BC = (self.real_BC & ~to_fill_BC).long()
+        given_after_BC = given_BC.sum(-1, keepdim=True) - given_BC.cumsum(-1)
+        self.may_end_BC = to_fill_BC & (given_after_BC == 0)
+
+    def _start_noise(self, to_fill_BC: Tensor, sample_ids: tuple[int, ...]) -> None:
+        self.noise, self.sample_ids = NoiseSource(self.config.seed), sample_ids
+        assert len(sample_ids) == len(self.lengths), "one sample id per row"
+        self.rank_BC = (to_fill_BC.cumsum(-1) - 1).clamp(min=0)
+        self.priority_BC = self._uniform("order").float() if "priority" in self.rule.needs else None
+
+    def _uniform(self, stream: str) -> Tensor:
+        """Return float64 [B, C] draws in [0, 1) for the places to fill; row b depends on its own key alone."""
+        width = max([1, *(len(p) for p in self.places)])
+        drawn_BR = torch.zeros(len(self.places), width, dtype=torch.float64)
+        for row, (sample_id, places) in enumerate(zip(self.sample_ids, self.places, strict=True)):
+            generator = self.noise.generator(sample_id, 0, f"decode {stream}")
+            drawn_BR[row, : len(places)] = torch.rand(len(places), generator=generator, dtype=torch.float64)
+        return drawn_BR.to(self.device, non_blocking=True).gather(1, self.rank_BC)
+
+    # -- one pass ---------------------------------------------------------------------------------------------------
+
+    def advance(self, step: StepPlan, reference_ids_BC: Tensor | None = None) -> Tensor:
+        """Make one pass and return the canvas with the drafts of this pass in it, [B, C]."""
+        self.passes += 1
+        active_BC = self.block_BC == step.block_B[:, None]
+        candidate_BC = self.rule.candidates(self.masked_BC, active_BC)
+        draft = self._denoise(candidate_BC, step.num_scored)
+        accepted_BC = self.rule.accept(draft, step.keep_B)
+        drafted_BC = torch.where(candidate_BC, draft.token_BC, self.canvas_BC)
+        if reference_ids_BC is not None:
+            draft = replace(draft, token_BC=reference_ids_BC.to(self.device))
+        fixed_BC = accepted_BC & self.masked_BC
+        self.commit_BC = torch.where(fixed_BC, self.passes, self.commit_BC)
+        self.canvas_BC, self.masked_BC = self.rule.renoise(
+            self.canvas_BC, self.masked_BC, draft, accepted_BC, self.mask_token_id
+        )
+        self.stopwatch.mark()
+        self.plan.advance(fixed_BC.sum(-1).tolist() if self.rule.adaptive else None)
+        if self.eos_ids is not None:
+            self._finish_ended_rows()
+        return drafted_BC
+
+    def _denoise(self, candidate_BC: Tensor, num_scored: int) -> Draft:
+        """Run the network on the canvas and its head on the states that predict the candidates."""
+        states_BCD = self.backbone.hidden(self.canvas_BC, causal=False, attention_mask_B1LL=self.attention_mask_B1LL)
+        where_M = positions(candidate_BC, num_scored)
+        hidden_MD = states_BCD.flatten(0, 1).index_select(0, where_M - self.shift)
+        placed_M = uniform_M = None
+        if self.rule.revises:
+            placed_M = torch.where(self.masked_BC, -1, self.canvas_BC).flatten()[where_M]
+        if self.config.temperature > 0:
+            uniform_M = self._uniform(f"tokens {self.passes}").flatten()[where_M]
+        proposal = propose(
+            self.backbone, hidden_MD, self.config, self.rule.needs, uniform_M=uniform_M, placed_M=placed_M
+        )
+
+        def spread(values_M: Tensor | None) -> Tensor | None:
+            if values_M is None:
+                return None
+            return values_M.new_zeros(candidate_BC.numel()).index_copy_(0, where_M, values_M).view_as(candidate_BC)
+
+        token_BC, logprob_BC = spread(proposal.token_M), spread(proposal.logprob_M)
+        assert token_BC is not None
+        assert logprob_BC is not None
+        margin_BC, entropy_BC = spread(proposal.margin_M), spread(proposal.entropy_M)
+        return Draft(candidate_BC, token_BC, logprob_BC, margin_BC, entropy_BC, self.priority_BC)
+
+    def _finish_ended_rows(self) -> None:
+        """Finish the rows in which an EOS stands and nothing before it is open."""
+        end_B = self._end_B()
+        place_C = torch.arange(self.canvas_BC.shape[1], device=self.device)
+        open_B = (self.masked_BC & (place_C < end_B[:, None])).any(-1)
+        ended_B = (end_B < self.canvas_BC.shape[1]) & ~open_B
+        for row, ended in enumerate(ended_B.tolist()):
+            if ended:
+                self.plan.finish(row)
+
+    def _end_B(self) -> Tensor:
+        """Return the position of the first EOS that ends each row, C where there is none."""
+        assert self.eos_ids is not None
+        is_end_BC = self.may_end_BC & ~self.masked_BC & (self.canvas_BC[..., None] == self.eos_ids).any(-1)
+        place_C = torch.arange(is_end_BC.shape[1], device=self.device)
+        return torch.where(is_end_BC, place_C, is_end_BC.shape[1]).amin(-1)
+
+    # -- results ----------------------------------------------------------------------------------------------------
+
+    def settled(self, row: int) -> int:
+        """Return the position of the active block: what lies before it is final. 0 once the row is finished."""
+        plan, places = self.plan.rows[row], self.places[row]
+        return 0 if plan.finished else places[plan.block * (self.config.block_size or len(places))]
+
+    def block_end(self, row: int) -> int:
+        """Return the position at which the active block of an unfinished row ends."""
+        places = self.places[row]
+        size = self.config.block_size or len(places)
+        return places[min((self.plan.rows[row].block + 1) * size, len(places)) - 1] + 1
+
+    def output(self) -> GenerationOutput:
+        """Return the finished sequences."""
+        canvas_BC, commit_BC = self.canvas_BC.cpu(), self.commit_BC.cpu()
+        ends = list(self.lengths)
+        if self.eos_ids is not None:
+            ends = [min(n, end + 1) for n, end in zip(ends, self._end_B().tolist(), strict=True)]
+        kept = [[p for p in places if p < end] for places, end in zip(self.places, ends, strict=True)]
+        commits = [commit_BC[row, places] for row, places in enumerate(kept)]
+        first = min((int(c.min()) for c in commits if len(c)), default=0)
+        return GenerationOutput(
+            sequences=[canvas_BC[row, :end].clone() for row, end in enumerate(ends)],
+            new_tokens=[len(places) for places in kept],
+            num_forwards=self.passes,
+            first_token_s=self.stopwatch.seconds(first),
+            commit_step=commits if self.config.record_history else None,
+        )
