@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -48,6 +49,15 @@ class Batch:
     def rows(self, start: int, stop: int) -> Batch:
         """Return the rows start..stop-1 as a batch of their own."""
         return replace(self, **{f.name: getattr(self, f.name)[start:stop] for f in fields(self)})
+
+    def select(self, rows: Sequence[int]) -> Batch:
+        """Return the named rows, in that order, as a batch of their own."""
+        index = torch.tensor(list(rows), dtype=torch.long, device=self.input_ids_BL.device)
+        picked: dict[str, Any] = {
+            f.name: v[index] if isinstance(v := getattr(self, f.name), Tensor) else tuple(v[i] for i in rows)
+            for f in fields(self)
+        }
+        return replace(self, **picked)
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with its tensors on `device`."""

@@ -1,0 +1,120 @@
+"""Filling the anchor store: a frozen model reads clean tokens causally, its states are kept. B batch, L length."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dllm_core.data.anchor_files import Ranges, covers
+from dllm_core.data.anchors import AnchorStore, needed_rows
+from dllm_core.data.batch import Batch
+from dllm_core.methods.requirements import StateClass
+
+if TYPE_CHECKING:
+    from dllm_core.backbone.backbone import Backbone
+
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What an extraction did.
+
+    Attributes:
+        num_computed: sequences that went through the teacher.
+        num_found: sequences whose chunk held everything already.
+        seconds: wall time of the computed ones, writing included.
+        flops: floating-point operations of the teacher.
+    """
+
+    num_computed: int
+    num_found: int
+    seconds: float
+    flops: float
+
+
+def extract(
+    backbone: Backbone,
+    batches: Iterable[Batch],
+    store: AnchorStore,
+    layers: Sequence[str],
+    on_progress: OnProgress | None = None,
+    *,
+    positions: StateClass = "all",
+    overwrite: bool = False,
+) -> Extraction:
+    """Bring the layers of every sequence into the store; what is there already is skipped.
+
+    Cost: one forward pass without the head per missing sequence; one batch of states in memory.
+
+    Args:
+        backbone: the teacher; runs with causal attention, without gradients, in its own dtype and on its own device.
+        batches: clean sequences.
+        store: where the states go.
+        layers: "embed", "1".."N-1", "final".
+        on_progress: called after each batch with (sequences computed, sequences found).
+        positions: which rows of a sequence are kept.
+        overwrite: compute also what is there.
+
+    Raises:
+        StoreError: the store belongs to another teacher, attention mode or precision.
+        DllmError: an unknown layer.
+    """
+    computed = found = 0
+    seconds = flops = 0.0
+    training = backbone.training
+    backbone.eval()
+    try:
+        for batch in batches:
+            started = time.perf_counter()
+            rows = needed_rows(batch, positions)
+            absent = set(rows if overwrite else store.missing(list(rows), layers, rows))
+            picked = [i for i, key in enumerate(batch.sequence_keys) if key in absent]
+            if picked:
+                todo = batch.select(picked)
+                wanted = _wanted_layers(store, todo.sequence_keys, layers, rows)
+                states = _teacher_states(backbone, todo, wanted)
+                spent = time.perf_counter() - started
+                for i, key in enumerate(todo.sequence_keys):
+                    of_row = {layer: states_BLD[i] for layer, states_BLD in states.items()}
+                    store.write(key, of_row, rows[key], seconds=spent / len(todo))
+                flops += backbone.flops_forward(todo.input_ids_BL.numel(), todo.length, 0)
+                seconds += time.perf_counter() - started
+            computed += len(picked)
+            found += len(batch) - len(picked)
+            if on_progress:
+                on_progress(computed, found)
+    finally:
+        backbone.train(training)
+    return Extraction(computed, found, seconds, flops)
+
+
+def _wanted_layers(
+    store: AnchorStore, keys: Sequence[str], layers: Sequence[str], rows: dict[str, Ranges]
+) -> list[str]:
+    """Return the layers to compute: those asked for, and those that chunks would lose when they grow by rows."""
+    wanted = dict.fromkeys(layers)
+    for key in keys:
+        header = store.files.header(key)
+        if header is not None and not covers(header.rows, rows[key]):
+            wanted |= dict.fromkeys(header.layers)
+    return list(wanted)
+
+
+@torch.no_grad()
+def _teacher_states(backbone: Backbone, batch: Batch, layers: Sequence[str]) -> dict[str, Tensor]:
+    """Return layer -> states [B, L, D] on CPU, in the precision that the teacher ran in."""
+    on_device = batch.to(backbone.device)
+    with backbone.capture(layers) as states:
+        backbone.hidden(
+            on_device.input_ids_BL,
+            causal=True,
+            document_BL=on_device.document_BL,
+            position_BL=on_device.position_BL,
+        )
+    return {layer: states[layer].detach().to("cpu") for layer in layers}
