@@ -38,6 +38,7 @@ class TrainSettings:
         sample_tokens: new tokens of that sample.
         sample_steps: denoising steps of that sample.
         seed: keys data order, corruption and samples.
+        phase_starts: first step of each phase where a branch fixes it; None follows the shares of the method.
     """
 
     steps: int
@@ -59,6 +60,7 @@ class TrainSettings:
     sample_tokens: int = 32
     sample_steps: int = 8
     seed: int = 0
+    phase_starts: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         positive = {"steps": self.steps, "batch_size": self.batch_size, "lr": self.lr}
@@ -81,7 +83,8 @@ class TrainSettings:
         for name in values:
             if name not in known:
                 raise DllmError(f"Unknown training setting '{name}'.", did_you_mean(name, known))
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        typed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**typed)
 
     def identity(self) -> str:
         """Return a hash of everything that influences the weights; a checkpoint resumes under the same hash only."""
