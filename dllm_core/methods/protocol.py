@@ -193,18 +193,36 @@ class Method(nn.Module, ABC):
     Args:
         backbone: the converted checkpoint (or None for rooms that generate without one).
         options: the room's validated options.
+
+    Attributes:
+        directory: where the model was loaded from; None for one that was built in memory.
     """
 
     options: RoomOptions
+    directory: Path | None = None
 
     def __init__(self, backbone: Backbone, options: RoomOptions) -> None:
         super().__init__()
         self.backbone = backbone
         self.options = options
+        self._tokenizer: Any = None
 
     @property
     def capabilities(self) -> Capabilities:
         return self.options.capabilities()
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer saved beside the weights, loaded at the first use.
+
+        Raises:
+            DllmError: the model was built in memory, or its directory holds no tokenizer.
+        """
+        if self._tokenizer is None:
+            from dllm_core.methods.tokenizer import load_tokenizer
+
+            self._tokenizer = load_tokenizer(self.directory)
+        return self._tokenizer
 
     # -- training ---------------------------------------------------------------------------------------------------
 

@@ -126,7 +126,9 @@ class SingleNetworkMethod(Method):
         from dllm_core.backbone.backbone import Backbone
 
         expect = cls.contract_fields(options)
-        return cls(Backbone.from_pretrained(directory, dtype=dtype, device=device, expect=expect), options)
+        method = cls(Backbone.from_pretrained(directory, dtype=dtype, device=device, expect=expect), options)
+        method.directory = Path(directory)
+        return method
 
 
 def _switch_off_dropout(network: nn.Module) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from dllm_core.methods.single_network import FORWARD_AND_BACKWARD, SingleNetwork
 if TYPE_CHECKING:
     from dllm_core.kernels.masked_ce import TokenLosses
     from dllm_core.samplers.config import DiffusionGenerationConfig
+    from dllm_core.samplers.streaming import Streamer
 
 
 @dataclass
@@ -77,7 +78,6 @@ class TokenSpaceMethod(SingleNetworkMethod):
     """A bidirectional denoiser: predicts masked tokens, decodes by unmasking step by step."""
 
     causal = False
-    tokenizer: Any = None
 
     def mask(self, batch: Batch, masked_BL: Tensor) -> Tensor:
         """Return the ids of `batch` with the mask token at `masked_BL`."""
@@ -146,27 +146,53 @@ class TokenSpaceMethod(SingleNetworkMethod):
     ) -> GenerationOutput:
         """Generate a response for each prompt by confidence unmasking; see `Method.sample`."""
         from dllm_core.samplers.config import DiffusionGenerationConfig
-        from dllm_core.samplers.loop import generate
 
         config = DiffusionGenerationConfig.from_request(request)
-        with self.measuring():
-            return generate(self.backbone, prompts, config, sample_ids=request.sample_ids, on_draft=on_draft)
+        return self.generate(list(prompts), config, sample_ids=request.sample_ids, on_draft=on_draft)
 
     def generate(
         self,
         input_ids: Tensor | Sequence[Tensor],
         generation_config: DiffusionGenerationConfig | None = None,
-        **options: Any,
+        *,
+        infill_mask: Tensor | Sequence[Tensor] | None = None,
+        streamer: Streamer | None = None,
+        on_draft: Callable[[Tensor, Tensor], None] | None = None,
+        sample_ids: Sequence[int] | None = None,
     ) -> GenerationOutput:
         """Generate in the dialect of transformers.
 
         Args:
-            input_ids: prompts, int64 [B, C], or a list of 1-D tensors of any lengths.
+            input_ids: prompts, int64 [B, C] without padding, or a list of 1-D tensors of any lengths.
             generation_config: how to decode; the defaults when None.
-            options: passed on to `dllm_core.samplers.loop.generate` (`streamer`, `on_draft`, `sample_ids`, ...).
+            infill_mask: bool, shaped as `input_ids`; True where a token is to be generated in place. Nothing is
+                appended then.
+            streamer: one with transformers' `put` and `end`, and `put_draft` where drafts are wanted; one prompt only.
+            on_draft: called after each pass with (canvas [B, C], committed [B, C]).
+            sample_ids: one id per prompt, which with the seed keys its noise; None means 0..B-1.
+
+        Returns:
+            Sequences on the CPU, prompt included.
+
+        Raises:
+            DllmError: rows that cannot be decoded, or fewer steps than blocks.
         """
         from dllm_core.samplers.config import DiffusionGenerationConfig
         from dllm_core.samplers.loop import generate
 
+        config = generation_config or DiffusionGenerationConfig()
+        device = self.backbone.device
         with self.measuring():
-            return generate(self.backbone, input_ids, generation_config or DiffusionGenerationConfig(), **options)
+            return generate(
+                self.backbone,
+                _moved(input_ids, device),
+                config,
+                infill_mask=None if infill_mask is None else _moved(infill_mask, device),
+                sample_ids=sample_ids,
+                streamer=streamer,
+                on_draft=on_draft,
+            )
+
+
+def _moved(rows: Tensor | Sequence[Tensor], device: torch.device) -> Tensor | list[Tensor]:
+    return rows.to(device) if isinstance(rows, Tensor) else [row.to(device) for row in rows]

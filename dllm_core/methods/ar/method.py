@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +31,6 @@ class Method(SingleNetworkMethod):
 
     options: Options
     causal = True
-    tokenizer: Any = None
 
     def corrupt(self, batch: Batch, info: StepInfo, noise: NoiseSource) -> Corrupted:
         """Corrupt nothing: every response token is to be predicted from what precedes it."""

@@ -16,9 +16,10 @@ from dllm_core.errors import DllmError
 from dllm_core.methods.layer_rule import layer_names
 from dllm_core.methods.protocol import Corrupted, LossOutput, Resources, StepInfo
 from dllm_core.methods.random_mask.method import Method as RandomMaskMethod
-from dllm_core.methods.repr_align.alignment import alignment_loss
+from dllm_core.methods.repr_align.alignment import alignment_loss, read_anchors
 from dllm_core.methods.repr_align.options import Options
 from dllm_core.methods.requirements import RoomOptions
+from dllm_core.methods.single_network import gather_rows
 from dllm_core.methods.token_space import View
 
 if TYPE_CHECKING:
@@ -91,51 +92,53 @@ class Method(RandomMaskMethod):
         """
         if not bool(view.masked_RL.any()):
             return self.empty_loss()
-        layers = self.layers if self.options.weight > 0 and view.align_RL is not None else ()
-        teacher, teacher_flops = self.teacher_states(batch, resources) if layers else ({}, 0.0)
-        with self.backbone.capture(layers) as states:
+        aligning = self.options.weight > 0 and view.align_RL is not None
+        with self.backbone.capture(self.layers if aligning else ()) as states:
             hidden_RLD = self.run(view.batch, view.noisy_RL)
         losses, parts = self.token_terms(view, hidden_RLD)
-        loss = losses.total
-        if layers:
-            align = self.align_term(view, states, teacher)
+        loss, teacher_flops = losses.total, 0.0
+        if aligning:
+            align, teacher_flops = self.align_term(batch, view, states, resources)
             loss = loss + self.options.weight * align
             parts["align"] = align.detach()
         flops = self.training_flops(view) + teacher_flops
         return LossOutput(loss, parts, flops=flops, teacher_flops=teacher_flops, positions=view.masked_RL.numel())
 
-    def align_term(self, view: View, states: dict[str, Tensor], teacher: dict[str, Tensor]) -> Tensor:
-        """Return the weighted alignment of a view, lambda left out."""
+    def align_term(
+        self, batch: Batch, view: View, states: dict[str, Tensor], resources: Resources
+    ) -> tuple[Tensor, float]:
+        """Return (weighted alignment of a view, lambda left out; operations spent on a live teacher)."""
         assert view.align_RL is not None
         aligned_RL = view.align_RL > 0
         row_M, token_M = aligned_RL.nonzero(as_tuple=True)
-        return alignment_loss(
-            states,
-            teacher,
-            student_rows=self.predictor_rows(aligned_RL),
-            teacher_rows=(view.source_R.to(row_M.device)[row_M], token_M - 1),
-            weight_M=view.align_RL[aligned_RL],
-        )
+        teacher_rows = (view.source_R.to(row_M.device)[row_M], token_M - 1)
+        teacher, flops = self.teacher_states(batch, teacher_rows, resources)
+        student_rows = self.predictor_rows(aligned_RL)
+        return alignment_loss(states, student_rows, teacher, view.align_RL[aligned_RL]), flops
 
-    def teacher_states(self, batch: Batch, resources: Resources) -> tuple[dict[str, Tensor], float]:
-        """Return (layer -> clean causal states [B, L, D] without gradient, operations spent here).
+    def teacher_states(
+        self, batch: Batch, rows: tuple[Tensor, Tensor], resources: Resources
+    ) -> tuple[dict[str, Tensor], float]:
+        """Return (layer -> clean causal states [M, D] at `rows`, without gradient; operations spent here).
 
         Raises:
             DllmError: neither an anchor store nor a live teacher is there.
+            StoreError: the store lacks a row, or belongs to something else.
         """
         if self._teacher:
-            return self._live_states(batch)
+            return self._live_states(batch, rows)
         if resources.anchors is None:
             raise DllmError(
                 "Alignment needs the frozen teacher's states, and no anchor store was given.",
                 "Pass Resources(anchors=...), or set the option teacher: live on a freshly converted model.",
             )
-        return resources.anchors.read(batch.sequence_keys, self.layers), 0.0
+        return read_anchors(resources.anchors, batch.sequence_keys, self.layers, rows), 0.0
 
-    def _live_states(self, batch: Batch) -> tuple[dict[str, Tensor], float]:
+    def _live_states(self, batch: Batch, rows: tuple[Tensor, Tensor]) -> tuple[dict[str, Tensor], float]:
         teacher = self._teacher[0].to(batch.input_ids_BL.device)
         document_BL = None if batch.is_plain else batch.document_BL
         with torch.no_grad(), teacher.capture(self.layers) as states:
             teacher.hidden(batch.input_ids_BL, causal=True, document_BL=document_BL, position_BL=batch.position_BL)
-        rows, length = batch.input_ids_BL.shape
-        return dict(states), teacher.flops_forward(rows * length, length, 0)
+        sequences, length = batch.input_ids_BL.shape
+        flops = teacher.flops_forward(sequences * length, length, 0)
+        return {layer: gather_rows(states_BLD, rows) for layer, states_BLD in states.items()}, flops

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from dllm_core.corruption.noise import NoiseSource
 from dllm_core.data.batch import Batch
+from dllm_core.methods.protocol import Method
 from dllm_core.methods.requirements import TrajectoryNeed
 from dllm_core.methods.single_network import gather_rows
 from dllm_core.methods.trajectory.subset import subset
 
 if TYPE_CHECKING:
     from dllm_core.backbone.backbone import Backbone
-    from dllm_core.methods.protocol import Method
 
 __all__ = ["extract_orders", "num_forwards", "subset"]
 
@@ -41,7 +41,7 @@ def num_forwards(need: TrajectoryNeed, response_tokens: int) -> int:
 
 
 def extract_orders(model: Backbone | Method, batch: Batch, need: TrajectoryNeed, noise: NoiseSource) -> Tensor:
-    """Return commit_step_BL, int32 on CPU: the 1-based step at which each response token is fixed, -1 elsewhere.
+    """Return commit_step_BL, int32 on CPU: the step, from 0, at which each response token is fixed, -1 elsewhere.
 
     Args:
         model: for `student` a trained denoiser; for `ar_difficulty` the unconverted model, which is run causally. A
@@ -50,13 +50,13 @@ def extract_orders(model: Backbone | Method, batch: Batch, need: TrajectoryNeed,
         need: mode, forwards per response and decoding block.
         noise: keys the order of mode `random`.
 
-    `student` decodes block by block from left to right, all documents of the batch side by side. Forward f of F
-    commits tokens up to floor(n f / F) of n, the most confident of the current block first and, when the block is
+    `student` decodes block by block from left to right, all documents of the batch side by side. The first f of F
+    forwards commit floor(n f / F) of n tokens, the most confident of the current block first and, when the block is
     done, those of the next. Confidence is the largest probability at temperature 1; ties go to the earlier position.
     `ar_difficulty` ranks by the entropy of the causal prediction, ascending, which is a difficulty rather than a commit
     order. A sequence gets the same order alone as in a batch (up to near-ties in the confidences).
     """
-    backbone = getattr(model, "backbone", model)
+    backbone: Backbone = model.backbone if isinstance(model, Method) else model
     responses = _responses(batch)
     steps_BL = torch.full(batch.response_BL.shape, -1, dtype=torch.int32)
     if need.mode == "student":
@@ -70,7 +70,7 @@ def extract_orders(model: Backbone | Method, batch: Batch, need: TrajectoryNeed,
     score_BL = _scores(backbone, batch, need.mode, noise)
     for response in responses:
         order = torch.argsort(score_BL[response.row, response.positions], stable=True)
-        steps_BL[response.row, response.positions[order]] = torch.arange(1, len(order) + 1, dtype=torch.int32)
+        steps_BL[response.row, response.positions[order]] = torch.arange(len(order), dtype=torch.int32)
     return steps_BL
 
 
@@ -89,7 +89,7 @@ def _student_orders(
     backbone: Backbone, batch: Batch, need: TrajectoryNeed, responses: list[_Response], steps_BL: Tensor
 ) -> None:
     """Fill `steps_BL` by decoding with the reference tokens."""
-    forward = 0
+    forward = -1
     while active := [r for r in responses if r.committed < len(r.positions)]:
         forward += 1
         rows = sorted({response.row for response in active})
@@ -105,7 +105,7 @@ def _commit(response: _Response, need: TrajectoryNeed, forward: int, confidence_
     """Commit this forward's quota of one response: confidence order inside blocks, blocks from left to right."""
     total = len(response.positions)
     forwards = num_forwards(need, total)
-    quota = total * forward // forwards - response.committed
+    quota = total * (forward + 1) // forwards - response.committed
     for start in range(0, total, need.block_size):
         block = response.positions[start : start + need.block_size]
         open_ = block[steps_L[block] < 0]
@@ -132,7 +132,7 @@ def _confidence(backbone: Backbone, batch: Batch, index_R: Tensor, masked_RL: Te
     if backbone.contract.alignment == "shifted":
         token_M = token_M - 1
     hidden_MD = gather_rows(hidden_RLD, (row_M, token_M))
-    found = stats(hidden_MD, backbone.head_weight_VD, blocked_V=backbone.blocked_V)
+    found = stats(hidden_MD, backbone.head_weight_VD, backbone.blocked_V, second=False)
     confidence_RL = torch.full(masked_RL.shape, -torch.inf)
     confidence_RL[masked_RL] = found.top_logprob_M.float().cpu()
     return confidence_RL
@@ -151,8 +151,9 @@ def _scores(backbone: Backbone, batch: Batch, mode: str, noise: NoiseSource) -> 
     hidden_BLD = _run(backbone, batch, batch.input_ids_BL, causal=True)
     row_M, token_M = batch.response_BL.nonzero(as_tuple=True)
     hidden_MD = gather_rows(hidden_BLD, (row_M, token_M - 1))
-    found = stats(hidden_MD, backbone.head_weight_VD, blocked_V=backbone.blocked_V, entropy=True)
+    found = stats(hidden_MD, backbone.head_weight_VD, backbone.blocked_V, second=False, entropy=True)
     score_BL = torch.zeros(shape)
+    assert found.entropy_M is not None
     score_BL[batch.response_BL.cpu()] = found.entropy_M.float().cpu()
     return score_BL
 

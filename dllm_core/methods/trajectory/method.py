@@ -153,7 +153,7 @@ class Method(ReprAlignMethod):
                 "Extract them first and pass Resources(trajectories=...).",
             )
         keys = tuple(corrupted.clean.sequence_keys[row] for row in rows.tolist())
-        steps_BL = resources.trajectories.read(keys).cpu()
+        steps_BL = resources.trajectories.read(keys, corrupted.clean.response_BL.cpu()[rows]).cpu()
         rank_BL[rows] = ranks_in_block(steps_BL, masked_BL[rows], document_BL[rows])
         return rank_BL
 
