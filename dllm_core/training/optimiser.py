@@ -46,10 +46,10 @@ class MasterAdamW:
         self._hooks: list[Any] = []
         optimiser_groups = []
         for group in groups:
-            fresh = [p for p in group["params"] if p.requires_grad and names[p] not in self.parameters]
-            for parameter in fresh:
+            members = dict.fromkeys(p for p in group["params"] if p.requires_grad and names[p] not in self.parameters)
+            for parameter in members:
                 self._adopt(names[parameter], parameter)
-            optimiser_groups += self._split(group, [(names[p], p.ndim) for p in fresh])
+            optimiser_groups += self._split(group, [(names[p], p.ndim) for p in members])
         self._frozen = [(p, p.detach()) for p, name in names.items() if name not in self.parameters]
         for parameter, _ in self._frozen:
             parameter.data = parameter.data.to(self.compute_dtype)
