@@ -1,0 +1,1 @@
+"""Quality and speed of any room, through the protocol alone."""

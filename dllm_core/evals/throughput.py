@@ -1,0 +1,178 @@
+"""Decoding speed of several rows on one machine, so that its noise hits all alike.
+
+Rows take turns: every round runs each row once, in an order that rotates and alternates in direction, so that neither
+drift nor the neighbour before favours anyone. Rows are compared within rounds, by paired ratios.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Literal
+
+import torch
+
+from dllm_core.evals.intervals import Interval, centre_interval, median_interval
+from dllm_core.methods.protocol import GenerationOutput
+
+TIE_BAND = 0.03
+Verdict = Literal["tie", "faster", "slower", "not resolved"]
+Decode = Callable[[int], GenerationOutput]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One timed generation.
+
+    Attributes:
+        seconds: wall time of the call, device synchronised before and after.
+        tokens: tokens that count: accepted, end-of-text included, nothing after it, no padding.
+        forwards: network passes.
+        first_token_s: seconds until the first token was final.
+        sequences: prompts decoded together.
+    """
+
+    seconds: float
+    tokens: int
+    forwards: int
+    first_token_s: float
+    sequences: int
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+
+def synchronize() -> None:
+    """Wait for the device; a no-op without one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def timed(decode: Decode, index: int, clock: Callable[[], float] = time.perf_counter) -> Timing:
+    """Run `decode(index)` once and time it."""
+    synchronize()
+    start = clock()
+    output = decode(index)
+    synchronize()
+    seconds = clock() - start
+    return Timing(seconds, sum(output.new_tokens), output.num_forwards, output.first_token_s, len(output.sequences))
+
+
+def order_of(names: Sequence[str], index: int) -> list[str]:
+    """Return the order of a round: rotated by its index, every other one backwards."""
+    shift = (index // 2) % max(1, len(names))
+    rotated = [*names[shift:], *names[:shift]]
+    return rotated[::-1] if index % 2 else rotated
+
+
+def takes_part(index: int, rounds: int, of: int) -> bool:
+    """Return whether a group with `rounds` rounds runs in round `index` of `of`: they are spread evenly."""
+    return (index + 1) * rounds // of > index * rounds // of
+
+
+def interleave(
+    groups: Mapping[str, Mapping[str, Decode]],
+    *,
+    rounds: Mapping[str, int],
+    warmup_rounds: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+    on_round: Callable[[int, int], None] | None = None,
+) -> dict[str, dict[str, list[Timing]]]:
+    """Time all rows in turns; warm-up rounds come first and are thrown away.
+
+    A round runs group after group (rows that do equally long work, e.g. the same number of denoising steps) and, within
+    a group, row after row, so that rows which are compared run next to each other.
+
+    Args:
+        groups: group -> row -> what to time; called with the round's index (negative in the warm-up), so that all
+            rows can decode the same prompt within a round. A row warms up in the first group that names it.
+        rounds: rounds that count, by group; the longest sets how many there are, the others are spread over them.
+        warmup_rounds: rounds before those.
+        clock: seconds; replaced in tests.
+        on_round: called after each round with (done, total), warm-up included.
+
+    Returns:
+        group -> row -> timings, one a round; the k-th timings of a group's rows belong together.
+    """
+    timings: dict[str, dict[str, list[Timing]]] = {g: {row: [] for row in rows} for g, rows in groups.items()}
+    first: dict[str, str] = {}
+    for group, rows in groups.items():
+        for row in rows:
+            first.setdefault(row, group)
+    total = max(rounds[g] for g in groups)
+    for index in range(-warmup_rounds, total):
+        for group, rows in groups.items():
+            if index >= 0 and not takes_part(index, rounds[group], total):
+                continue
+            for row in order_of(list(rows), index):
+                if index >= 0:
+                    timings[group][row].append(timed(rows[row], index, clock))
+                elif first[row] == group:
+                    rows[row](index)
+        if on_round:
+            on_round(index + 1 + warmup_rounds, total + warmup_rounds)
+    return timings
+
+
+def rounds_for(work: Mapping[str, float], rounds: int, least: int = 6) -> dict[str, int]:
+    """Share out rounds: `rounds` for the group with the least work, fewer for longer ones, at least `least` of them.
+
+    A long decode averages more of the noise, so equal time gives about equal precision; under `least` = 6 rounds
+    there is no distribution-free interval. `rounds` below that hold for all groups.
+    """
+    lightest = min(work.values())
+    return {g: min(rounds, max(least, math.ceil(rounds * lightest / w))) for g, w in work.items()}
+
+
+def summary(timings: Sequence[Timing]) -> dict[str, Any]:
+    """Return medians with their 95 % intervals, and every round behind them."""
+    speeds = [t.tokens_per_s for t in timings]
+    speed = median_interval(speeds)
+    last = timings[-1]
+    return {
+        "tokens_per_s": {"median": speed.value, "ci95": speed.as_list()},
+        "first_token_s": median(t.first_token_s for t in timings),
+        "num_forwards": last.forwards,
+        "tokens_per_forward": last.tokens / max(1, last.sequences) / max(1, last.forwards),
+        "rounds": speeds,
+        "sequence_s": [t.seconds for t in timings],
+    }
+
+
+def paired_ratio(first: Sequence[Timing], second: Sequence[Timing]) -> Interval:
+    """Return the speed of `first` over `second` with its 95 % interval, round by round."""
+    logs = [math.log(a.tokens_per_s / b.tokens_per_s) for a, b in zip(first, second, strict=True)]
+    centre = centre_interval(logs)
+    low, high = (None if end is None else math.exp(end) for end in (centre.low, centre.high))
+    return Interval(math.exp(centre.value), low, high, centre.assumes_normal)
+
+
+def verdict(ratio: Interval, band: float = TIE_BAND) -> Verdict:
+    """Say what a ratio's interval proves.
+
+    `tie` only if the whole interval lies within the band (1 / 1.03 to 1.03, so that swapping the rows changes
+    nothing); that two intervals overlap proves nothing. `faster` or `slower` if it excludes 1. Else, or with too few
+    rounds for an interval that assumes nothing, `not resolved`.
+    """
+    if ratio.low is None or ratio.high is None or ratio.assumes_normal:
+        return "not resolved"
+    if 1 / (1 + band) <= ratio.low and ratio.high <= 1 + band:
+        return "tie"
+    if ratio.low > 1:
+        return "faster"
+    if ratio.high < 1:
+        return "slower"
+    return "not resolved"
+
+
+def compare(timings: Mapping[str, Sequence[Timing]], pairs: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Return `{"rows", "ratio", "ci95", "verdict"}` of each pair; the ratio is first over second, in tokens/s."""
+    results: list[dict[str, Any]] = []
+    for a, b in pairs:
+        ratio = paired_ratio(timings[a], timings[b])
+        results.append({"rows": [a, b], "ratio": ratio.value, "ci95": ratio.as_list(), "verdict": verdict(ratio)})
+    return results
