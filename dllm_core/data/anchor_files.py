@@ -12,12 +12,13 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dllm_core.errors import ResourceError, StoreError
 
 FORMAT_VERSION = 1
+METADATA_KEY = "anchor"
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1, "int8": 1}
 SCALED = frozenset({"fp8", "int8"})
 SCALE_SUFFIX = ".scale"
@@ -132,40 +133,24 @@ class ChunkHeader:
     length: int
     rows: Ranges
     layers: tuple[str, ...]
-    checksums: Mapping[str, int]
+    checksums: dict[str, int]
     seconds: float
 
     def metadata(self) -> dict[str, str]:
-        """Return the header as safetensors metadata."""
-        return {
-            "format_version": str(FORMAT_VERSION),
-            "key": self.key,
-            "teacher": self.teacher,
-            "attention": self.attention,
-            "dtype": self.dtype,
-            "length": str(self.length),
-            "rows": json.dumps(self.rows),
-            "checksums": json.dumps(dict(self.checksums), sort_keys=True),
-            "seconds": repr(self.seconds),
-        }
+        """Return the header as safetensors metadata: one entry, since safetensors writes several in random order."""
+        told = {"format_version": FORMAT_VERSION, **asdict(self)}
+        del told["layers"]
+        return {METADATA_KEY: json.dumps(told, sort_keys=True)}
 
 
 def parse_header(metadata: Mapping[str, str], names: Iterable[str]) -> ChunkHeader | None:
     """Return the header told by a chunk's metadata and tensor names, None when it is none of this format."""
     try:
-        if metadata["format_version"] != str(FORMAT_VERSION):
+        told = json.loads(metadata[METADATA_KEY])
+        if told.pop("format_version") != FORMAT_VERSION:
             return None
-        return ChunkHeader(
-            key=metadata["key"],
-            teacher=metadata["teacher"],
-            attention=metadata["attention"],
-            dtype=metadata["dtype"],
-            length=int(metadata["length"]),
-            rows=normalise_ranges(json.loads(metadata["rows"])),
-            layers=tuple(name for name in names if not name.endswith(SCALE_SUFFIX)),
-            checksums=json.loads(metadata["checksums"]),
-            seconds=float(metadata["seconds"]),
-        )
+        told["rows"] = normalise_ranges(told["rows"])
+        return ChunkHeader(**told, layers=tuple(name for name in names if not name.endswith(SCALE_SUFFIX)))
     except (ValueError, KeyError, TypeError):
         return None
 

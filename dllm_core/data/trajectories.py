@@ -83,16 +83,18 @@ class TrajectoryStore:
         target = self.path(key)
         target.parent.mkdir(parents=True, exist_ok=True)
         metadata = {
-            "format_version": str(FORMAT_VERSION),
+            "format_version": FORMAT_VERSION,
             "key": key,
             "mode": self.mode,
             "identity": self.identity,
             "response": _response_hash(response_L),
         }
+        # one entry, since safetensors writes several in random order
+        tensors, header = {"commit_step_L": commit_step_L.to(torch.int32).contiguous()}, json.dumps(metadata)
         temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
         try:
             with temporary.open("wb") as handle:
-                handle.write(save({"commit_step_L": commit_step_L.to(torch.int32).contiguous()}, metadata))
+                handle.write(save(tensors, {"trajectory": header}))
                 handle.flush()
                 os.fsync(handle.fileno())
             os.replace(temporary, target)
@@ -134,13 +136,13 @@ class TrajectoryStore:
             )
         try:
             with safe_open(path, framework="pt") as chunk:
-                metadata = chunk.metadata() or {}
+                metadata = json.loads((chunk.metadata() or {})["trajectory"])
                 commit_step_L = chunk.get_tensor("commit_step_L").clone()
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise StoreError(
                 f"The commit order {path} is damaged: {error}.", "Delete the file and extract the trajectories again."
             ) from error
-        expected = {"format_version": str(FORMAT_VERSION), "key": key, "mode": self.mode, "identity": self.identity}
+        expected = {"format_version": FORMAT_VERSION, "key": key, "mode": self.mode, "identity": self.identity}
         for name, value in expected.items():
             if metadata.get(name) != value:
                 raise StoreError(
