@@ -44,7 +44,7 @@ def explain(error: ValidationError, model: type[BaseModel], locate: Locate = now
     if isinstance(cause, ParamsError):
         return cause
     path = [str(part) for part in first["loc"]]
-    key = prefix + ".".join(p for p in path if not p.isdigit() and p != "[key]")
+    key = prefix + _key(model, path, extra=first["type"] == "extra_forbidden")
     if first["type"] == "extra_forbidden":
         return unknown_key(key, (prefix + k for k in known_keys(model)), locate)
     may_be = f"Allowed: {allowed(model, path)}."
@@ -85,6 +85,22 @@ def allowed(model: type[BaseModel], path: list[str]) -> str:
             return _words(field.annotation, tuple(field.metadata))
         current = inner
     return "a mapping"
+
+
+def _key(model: type[BaseModel], path: list[str], *, extra: bool) -> str:
+    """Return the dotted key of a location, without list indices and pydantic's names for members of a union."""
+    parts: list[str] = []
+    current: type[BaseModel] | None = model
+    for part in path:
+        if current is None or part not in current.model_fields:
+            mapping = current is None and parts and not part.isdigit() and part != "[key]" and "[" not in part
+            return ".".join([*parts, part] if mapping or extra or not parts else parts)
+        parts.append(part)
+        field = current.model_fields[part]
+        current = _model_of(field.annotation)
+        if current is None and get_origin(field.annotation) is not dict:
+            break
+    return ".".join(parts)
 
 
 def _words(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:

@@ -219,6 +219,9 @@ def _one_of_budget_and_steps(draft: _Draft, layer: Mapping[str, Any], origin: st
 
 
 def _replace_source(draft: _Draft, section: str, source: str) -> None:
+    path = Path(source).expanduser()
+    if ":" not in source and path.exists():
+        source = str(path.absolute())  # a resumed run may start elsewhere
     _merge(draft, {section: {"source": source}}, f"--{section}")
 
 
