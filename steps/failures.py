@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import traceback
 from dataclasses import asdict, dataclass
@@ -75,25 +76,50 @@ def killed(where: str) -> Failure:
 _LESS_MEMORY = "Try --set train.micro_batch_size=1,train.activation_checkpointing=true; training resumes where it was."
 
 
-def status_dir(runs_dir: Path, run_id: str) -> Path:
-    """Return where a run leaves word for the launcher."""
-    return runs_dir / "status" / run_id
+# -- word for the launcher ------------------------------------------------------------------------------------------
+
+WORD_VARIABLE = "DLLM_WORD"
+"""Names a directory of this launch, in which tasks leave files for the launcher."""
 
 
-def leave_word(runs_dir: Path, run_id: str, failure: Failure) -> None:
+def _word_dir() -> Path | None:
+    folder = os.environ.get(WORD_VARIABLE)
+    return Path(folder) if folder else None
+
+
+def leave_word(failure: Failure) -> None:
     """Write a failure where the launcher reads it."""
-    folder = status_dir(runs_dir, run_id)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / f"{failure.where}.json", asdict(failure))
+    folder = _word_dir()
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / f"{failure.where}.failure.json", asdict(failure))
 
 
-def forget(runs_dir: Path, run_id: str, where: str) -> None:
+def forget(where: str) -> None:
     """Take back what was written about `where`: it works now."""
-    (status_dir(runs_dir, run_id) / f"{where}.json").unlink(missing_ok=True)
+    folder = _word_dir()
+    if folder is not None:
+        (folder / f"{where}.failure.json").unlink(missing_ok=True)
 
 
-def words_left(runs_dir: Path, run_id: str) -> list[Failure]:
-    """Return the failures of a run, oldest first."""
-    folder = status_dir(runs_dir, run_id)
-    files = sorted(folder.glob("*.json"), key=lambda p: p.stat().st_mtime_ns) if folder.is_dir() else []
+def leave_closing(lines: list[str]) -> None:
+    """Write the last lines of a successful run; without a launcher they are printed here."""
+    folder = _word_dir()
+    if folder is None:
+        print("\n".join(lines), flush=True)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "closing.json", lines)
+
+
+def words_left(folder: Path) -> list[Failure]:
+    """Return the failures of a launch, oldest first."""
+    files = sorted(folder.glob("*.failure.json"), key=lambda p: p.stat().st_mtime_ns)
     return [Failure(**json.loads(p.read_text(encoding="utf-8"))) for p in files]
+
+
+def closing_left(folder: Path) -> list[str]:
+    """Return the last lines of a successful launch."""
+    path = folder / "closing.json"
+    lines: list[str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return lines

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -102,3 +103,25 @@ def hold_if_free(path: Path) -> Iterator[bool]:
                     fcntl.lockf(handle, fcntl.LOCK_UN)
     finally:
         thread_lock.release()
+
+
+@contextmanager
+def gpu_lock(device: str, log: Callable[[str], None]) -> Iterator[None]:
+    """Let one task of this machine at a time use the GPU; nothing to wait for on a CPU.
+
+    Metaflow ignores `@resources(gpu=1)` locally: tasks of one run, or of two, would share memory and clock. Take this
+    lock before torch is imported.
+
+    Args:
+        device: `auto`, `cpu` or `cuda`.
+        log: told who is waited for.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hidden = visible is not None and visible.strip() in ("", "-1")
+    there = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
+    if device == "cpu" or hidden or (device == "auto" and not there):
+        yield
+        return
+    name = f"dllm-gpu-{os.getuid()}-{(visible or '0').replace(',', '_')}.lock"
+    with hold(Path(tempfile.gettempdir()) / name, "the GPU", log):
+        yield

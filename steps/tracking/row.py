@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 FLUSH_EVERY_S = 5.0
+OPEN_AFTER_S = 15.0
+"""A row that is done sooner is mirrored at the end of the grid, by one process that imports MLflow once."""
 
 Log = Callable[[str], None]
 
@@ -62,7 +64,7 @@ _STOP = object()
 
 @dataclass
 class RowTracker:
-    """One row's child run, opened by its first record and written by a thread of its own.
+    """One row's child run, opened once its work takes a while and written by a thread of its own.
 
     Use it as a listener of a Context: `ctx.listeners.append(tracker.record)`.
 
@@ -84,6 +86,7 @@ class RowTracker:
     _seen: set[tuple[int, str]] = field(default_factory=set)
     _queue: queue.Queue[Any] = field(default_factory=queue.Queue)
     _thread: threading.Thread | None = None
+    _first_record: float | None = None
 
     def record(self, row: str, record: Mapping[str, Any]) -> None:
         """Mirror one record of metrics.jsonl: {"step", "time", name: number, ...}; returns at once."""
@@ -95,8 +98,12 @@ class RowTracker:
         ]
         fresh = [p for p in points if (p[2], p[0]) not in self._seen]
         self._seen.update((p[2], p[0]) for p in fresh)
-        if fresh:
-            self._put(fresh)
+        if not fresh or not self.ref.on:
+            return
+        self._first_record = self._first_record or time.monotonic()
+        self._queue.put(fresh)
+        if time.monotonic() - self._first_record >= OPEN_AFTER_S:
+            self.open()
 
     def replay(self, path: Path, origin: str = "") -> None:
         """Mirror what metrics.jsonl holds and this run does not yet; with `origin`, tag where it was computed."""
@@ -112,10 +119,10 @@ class RowTracker:
 
     def finish(self, status: str = "FINISHED", files: Iterable[Path] = (), timeout_s: float = 60.0) -> str:
         """Write what is queued, attach files, set the terminal status; return the run id ("" without a tracker)."""
-        for path in files:
-            self._put(path)
         if self._thread is None:
             return ""
+        for path in files:
+            self._put(path)
         self._queue.put((_STOP, status))
         self._thread.join(timeout_s)
         if self._thread.is_alive() and not self.broken:
@@ -124,16 +131,20 @@ class RowTracker:
         return self.run_id
 
     def open(self) -> None:
-        """Open the child run although there is no record yet."""
-        self._put([])
-
-    def _put(self, item: Any) -> None:
-        if self.broken or not self.ref.on:
-            return
-        if self._thread is None:
+        """Open the child run now."""
+        if self.ref.on and not self.broken and self._thread is None:
             self._thread = threading.Thread(target=self._write, daemon=True, name="mlflow-mirror")
             self._thread.start()
-        self._queue.put(item)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the child run was opened."""
+        return self._thread is not None
+
+    def _put(self, item: Any) -> None:
+        self.open()
+        if self.is_open and not self.broken:
+            self._queue.put(item)
 
     def _write(self) -> None:
         try:

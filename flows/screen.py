@@ -1,0 +1,77 @@
+"""On a terminal the tasks' progress lines become one bar below the log; everywhere else nothing is touched."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from steps.progress import bar, parse
+
+CLEAR = "\r\x1b[K"
+
+
+class Screen:
+    """Passes lines on to a terminal and keeps the latest progress as its last line.
+
+    Args:
+        stream: the terminal.
+        columns: width; asked of the terminal when None.
+    """
+
+    def __init__(self, stream: TextIO, columns: int | None = None) -> None:
+        self._stream = stream
+        self._columns = columns
+        self._partial = ""
+        self._bar = ""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write text; whole lines that report progress are drawn instead."""
+        *lines, self._partial = (self._partial + text).split("\n")
+        for line in lines:
+            progress = parse(line)
+            if progress is None:
+                self._draw(line + "\n" + self._bar)
+            else:
+                name, done, total, report = progress
+                self._bar = bar(name, done, total, report, self._width()) if done < total else ""
+                self._draw(self._bar or line + "\n")
+        return len(text)
+
+    def _draw(self, text: str) -> None:
+        self._stream.write(CLEAR + text)
+        self._stream.flush()
+
+    def _width(self) -> int:
+        if self._columns is not None:
+            return self._columns
+        try:
+            return os.get_terminal_size(self._stream.fileno()).columns
+        except (OSError, ValueError):
+            return 100
+
+    def close(self) -> None:
+        """Remove the bar and write what has no line end yet."""
+        self._draw(self._partial)
+        self._partial = self._bar = ""
+
+
+@contextmanager
+def watch() -> Iterator[None]:
+    """Show progress as a bar while the flow runs, when stdout is a terminal that can."""
+    if not sys.stdout.isatty() or os.environ.get("TERM") in (None, "dumb"):
+        yield
+        return
+    screen, terminal = Screen(sys.stdout), sys.stdout
+    os.environ["DLLM_PROGRESS"] = "watched"
+    sys.stdout = screen  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout = terminal
+        screen.close()
