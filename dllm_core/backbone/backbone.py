@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dllm_core.backbone import masks
 from dllm_core.backbone.contract import Contract, read_contract
 from dllm_core.backbone.families import Family, check_config
+from dllm_core.backbone.loading import load_causal_lm, no_progress_bars
 from dllm_core.errors import ContractError, DllmError, did_you_mean
 
 FREEZE_RULES = ("embeddings", "mlp")
@@ -80,32 +81,19 @@ class Backbone(nn.Module):
 
         Raises:
             ContractError: the directory holds no converted checkpoint, or one made under another contract.
+            UnsupportedModelError: weights that do not fit their config.
         """
         contract = read_contract(directory)
         contract.require(**(expect or {}))
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(directory),
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-        model, report = loaded
-        wrong = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
-        if wrong:
-            raise ContractError(
-                f"The weights in '{directory}' do not fit their config: {', '.join(wrong[:3])}.",
-                "The directory is incomplete; write it again.",
-            )
-        model.eval()
+        model = load_causal_lm(directory, dtype=dtype, attn_implementation=attn_implementation)
         return cls(model, contract).to(device)
 
     def save_pretrained(self, directory: Path | str) -> None:
         """Write safetensors weights and a config that holds the contract and `is_causal: false`."""
         self.model.config.is_causal = False
         self.model.config.dllm = self.contract.model_dump()
-        self.model.save_pretrained(str(directory))
+        with no_progress_bars():
+            self.model.save_pretrained(str(directory))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Backbone:
         super()._apply(fn, recurse)

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from dllm_core.backbone.backbone import Backbone
 from dllm_core.backbone.contract import Alignment, Contract, read_contract
 from dllm_core.backbone.families import Family, check_config
+from dllm_core.backbone.loading import load_causal_lm
 from dllm_core.backbone.probe import assert_bidirectional
 from dllm_core.backbone.sources import TOKENIZER_PATTERNS, read_config
-from dllm_core.errors import UnsupportedModelError
 
 ROW_MULTIPLE = 64
 NOISE_SHARE = 0.02
@@ -50,7 +50,7 @@ def convert(source_dir: Path | str, out_dir: Path | str, *, alignment: Alignment
     family = check_config(config, str(source_dir))
     if "dllm" in config:
         read_contract(source).require(alignment=alignment)
-    model = _load(source)
+    model = load_causal_lm(source)
     _remove_dropout(model, family)
     contract = read_contract(source) if "dllm" in config else _add_mask_token(model, source, alignment, seed)
     backbone = Backbone(model, contract)
@@ -78,25 +78,6 @@ def tokenizer_size(directory: Path | str) -> int | None:
     tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     used = [*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder]
     return max(len(tokenizer), tokenizer.vocab_size, max(used, default=0) + 1)
-
-
-def _load(source: Path) -> Any:
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        str(source),
-        dtype="auto",
-        attn_implementation="sdpa",
-        local_files_only=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
-    model, report = loaded
-    wrong = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
-    if wrong:
-        raise UnsupportedModelError(
-            f"The weights in '{source}' do not fit their config: {', '.join(wrong[:3])}.",
-            "The download is incomplete or the config belongs to another model; fetch it again.",
-        )
-    return model.eval()
 
 
 def _remove_dropout(model: Any, family: Family) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from dllm_core.backbone.backbone import Backbone
 from dllm_core.backbone.contract import read_contract
-from dllm_core.errors import ContractError, DllmError
+from dllm_core.errors import ContractError, DllmError, UnsupportedModelError
 from tests.tiny import NUM_TOKENS, ROWS, tiny_backbone, tiny_model, write_source
 
 IMPLEMENTATIONS = ("sdpa", "eager")
@@ -203,7 +203,14 @@ def test_missing_weights_are_refused(tiny_backbone: Backbone, tmp_path) -> None:
     tensors = load_file(path)
     tensors.pop("model.layers.1.mlp.up_proj.weight")
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(ContractError, match="up_proj"):
+    with pytest.raises(UnsupportedModelError, match=r"do not fit their config: model\.layers\.1\.mlp\.up_proj"):
+        Backbone.from_pretrained(tmp_path)
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(5, 32)
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match=r"do not fit their config: model\.layers\.1\.mlp\.up_proj"):
+        Backbone.from_pretrained(tmp_path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UnsupportedModelError, match="cannot be loaded"):
         Backbone.from_pretrained(tmp_path)
 
 
