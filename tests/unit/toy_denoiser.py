@@ -1,4 +1,4 @@
-"""A denoiser small enough to enumerate: a table over all sequences of a few tokens, and naive oracles for its bounds."""
+"""A denoiser small enough to enumerate: a table over all sequences of a few tokens, with naive oracles."""
 
 from __future__ import annotations
 
