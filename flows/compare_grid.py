@@ -84,7 +84,7 @@ class CompareGrid(FlowSpec):
     @step
     def collect(self, inputs):
         """Gather what became of the rows; a task that was killed left nothing, so the index tells which it was."""
-        self.merge_artifacts(inputs, include=["run", "shared"])
+        self.run, self.shared = inputs[0].run, inputs[0].shared
         self.outcomes = grid.collect(self.run, {i.index: getattr(i, "outcome", None) for i in inputs})
         self.next(self.triage)
 
@@ -112,8 +112,8 @@ class CompareGrid(FlowSpec):
     @step
     def merge(self, inputs):
         """Put the repaired rows in the place of the failed ones."""
-        self.merge_artifacts(inputs, include=["run", "shared", "outcomes"])
-        self.outcomes = grid.merge(self.outcomes, [i.outcome for i in inputs])
+        self.run, self.shared = inputs[0].run, inputs[0].shared
+        self.outcomes = grid.merge(inputs[0].outcomes, [i.outcome for i in inputs])
         self.next(self.benchmark)
 
     @step

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steps.context import ROOT, default_runs_dir
+from steps.context import default_runs_dir
 from steps.failures import WORD_VARIABLE, Failure, closing_left, words_left
 from steps.progress import duration
 from steps.watchdog import announce_parent, die_with_parent
@@ -161,13 +161,14 @@ def _brief(plan: Plan) -> str:
     cost = plan.cost
     return (
         f"{len(plan.rows)} rows on {plan.machine.name}: about {duration(cost.total_s)} without the cache, "
-        f"{cost.memory.total / 1e9:.1f} GB of memory, {cost.total_disk / 1e9:.1f} GB of disk (estimates; --dry-run says more)"
+        f"{cost.memory.total / 1e9:.1f} GB of memory, {cost.total_disk / 1e9:.1f} GB of disk "
+        "(estimates; --dry-run says more)"
     )
 
 
 def _shown_script() -> str:
-    script = Path(sys.argv[0])
-    return os.path.relpath(script) if script.is_absolute() and ROOT in script.parents else str(script)
+    relative = os.path.relpath(sys.argv[0])
+    return sys.argv[0] if relative.startswith("..") else relative
 
 
 # -- running --------------------------------------------------------------------------------------------------------

@@ -104,13 +104,7 @@ def report(run: GridRun, shared: Prepared, outcomes: Sequence[RowOutcome], bench
 def _mirror_late(run: GridRun, outcome: RowOutcome, log: Any) -> None:
     assert outcome.trained is not None
     assert outcome.evaluation is not None
-    mirror(
-        row_tracker(
-            run, row_of(run, outcome.row_id), {"attempt": "1", "cached": str(outcome.trained.hit).lower()}, log
-        ),
-        outcome.trained,
-        outcome.evaluation,
-    )
+    mirror(row_tracker(run, row_of(run, outcome.row_id), outcome.tags, log), outcome.trained, outcome.evaluation)
 
 
 def shown(path: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ class RowOutcome:
         evaluation: None when it did not get there.
         failure: None when all went well.
         tracking_id: child run; "" when the work took no time worth a live mirror (then the report step opens it).
+        tags: of the attempt, for the tracker.
     """
 
     row_id: str
@@ -37,6 +38,7 @@ class RowOutcome:
     evaluation: Evaluation | None = None
     failure: Failure | None = None
     tracking_id: str = ""
+    tags: dict[str, str] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -95,7 +97,7 @@ def _run_row(
         tracker.finish("FAILED")
         raise RowFailed(failure) from error
     if not tracker.is_open:
-        return RowOutcome(row_id, trained, evaluation)
+        return RowOutcome(row_id, trained, evaluation, tags=tags)
     return RowOutcome(row_id, trained, evaluation, tracking_id=mirror(tracker, trained, evaluation))
 
 

@@ -186,6 +186,8 @@ def finish_grid(
                 client.log_artifacts(ref.parent_id, str(path), path.name)
             elif path.is_file():
                 client.log_artifact(ref.parent_id, str(path))
+        if "failure" in client.get_run(ref.parent_id).data.tags:
+            client.delete_tag(ref.parent_id, "failure")  # of an attempt before the last resume
         client.set_terminated(ref.parent_id, status)
     except Exception as error:
         log(warning(error, ref.uri))
