@@ -145,6 +145,12 @@ class Backbone(nn.Module):
         return weight
 
     @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids that end a sequence; empty where the model has none."""
+        eos = self.config.eos_token_id
+        return () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
+
+    @property
     def device(self) -> torch.device:
         return self.embedding_weight_VD.device
 
@@ -183,7 +189,7 @@ class Backbone(nn.Module):
         if inputs_embeds_BLD is None:
             inputs_embeds_BLD = self.model.get_input_embeddings()(input_ids_BL)
         length = inputs_embeds_BLD.shape[1]
-        self._check_length(length)
+        self.check_length(length)
         if position_BL is not None and _is_arange(position_BL):
             position_BL = None
         mask = attention_mask_B1LL
@@ -208,7 +214,12 @@ class Backbone(nn.Module):
             self._in_hidden = False
         return states_BLD
 
-    def _check_length(self, length: int) -> None:
+    def check_length(self, length: int) -> None:
+        """Raise if the model has too few positions.
+
+        Raises:
+            DllmError: naming both numbers.
+        """
         limit = self.config.max_position_embeddings
         if length > limit:
             raise DllmError(

@@ -56,9 +56,7 @@ def convert(source_dir: Path | str, out_dir: Path | str, *, alignment: Alignment
     backbone = Backbone(model, contract)
     assert_bidirectional(backbone)
     out.mkdir(parents=True, exist_ok=True)
-    # a checkpoint's sampling defaults are not ours, and some of them cannot be saved again
-    ids = {name: getattr(model.config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model.generation_config = GenerationConfig(**ids)
+    _keep_special_ids(model)
     backbone.save_pretrained(out)
     copy_tokenizer(source, out)
     return contract
@@ -78,6 +76,20 @@ def tokenizer_size(directory: Path | str) -> int | None:
     tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     used = [*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder]
     return max(len(tokenizer), tokenizer.vocab_size, max(used, default=0) + 1)
+
+
+def _keep_special_ids(model: Any) -> None:
+    """Keep which ids begin, end and pad a text, and drop the rest of the generation config.
+
+    Chat models name all their end tokens there and only there. A checkpoint's sampling defaults are not ours, and
+    some of them cannot be saved again.
+    """
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {n: getattr(model.generation_config, n, None) for n in names}
+    for name, value in ids.items():
+        if value is not None:
+            setattr(model.config, name, value)
+    model.generation_config = GenerationConfig(**{n: getattr(model.config, n, None) for n in names})
 
 
 def _remove_dropout(model: Any, family: Family) -> None:

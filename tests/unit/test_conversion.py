@@ -95,9 +95,12 @@ def test_dropout_is_removed(tmp_path: Path) -> None:
 
 def test_generation_defaults_that_cannot_be_saved_do_not_matter(tmp_path: Path) -> None:
     source = write_source(tmp_path / "source")
-    (source / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9, "do_sample": false}')
+    written = {"temperature": 0.6, "top_p": 0.9, "do_sample": False, "eos_token_id": [3, 5]}
+    (source / "generation_config.json").write_text(json.dumps(written))
     convert(source, tmp_path / "out", alignment="shifted")
     assert "temperature" not in json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    # chat models name all their end tokens there and only there
+    assert Backbone.from_pretrained(tmp_path / "out").eos_token_ids == (3, 5)
 
 
 def test_keeps_the_dtype_of_the_weights(tmp_path: Path) -> None:

@@ -1,0 +1,72 @@
+"""Attention for short bf16 sequences on CPU: plain matrix products, registered with transformers like any other kind.
+
+torch's CPU flash kernel is made for long sequences. At the lengths trained on here it spends several times longer than
+two batched products and a softmax, most of all in the backward pass (benchmarks/train.py measures both), while the
+scores it avoids storing are small. All other cases go to transformers' own `sdpa`.
+
+B batch, H heads, L length, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "dllm_sdpa"
+LONGEST = 512
+"""Tokens up to which the plain products win over the flash kernel."""
+
+
+def attention(
+    module: nn.Module,
+    query_BHLD: Tensor,
+    key_BHLD: Tensor,
+    value_BHLD: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Return ([B, L, H, D], None), as transformers expects of an attention function; queries may be fewer than keys."""
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    plain = (
+        query_BHLD.device.type == "cpu"
+        and query_BHLD.dtype == torch.bfloat16
+        and 1 < query_BHLD.shape[2] <= LONGEST
+        and key_BHLD.shape[2] <= LONGEST
+        and (attention_mask is None or attention_mask.dtype == torch.bool)
+        and not (causal and attention_mask is None)
+        and dropout == 0.0
+    )
+    if not plain:
+        return sdpa_attention_forward(
+            module,
+            query_BHLD,
+            key_BHLD,
+            value_BHLD,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            **kwargs,
+        )
+    groups = getattr(module, "num_key_value_groups", 1)
+    scale = query_BHLD.shape[-1] ** -0.5 if scaling is None else scaling
+    scores_BHLL = torch.matmul(query_BHLD * scale, repeat_kv(key_BHLD, groups).transpose(2, 3))
+    if attention_mask is not None:
+        scores_BHLL = scores_BHLL.masked_fill(~attention_mask, -torch.inf)
+    out_BHLD = torch.matmul(torch.softmax(scores_BHLL, -1), repeat_kv(value_BHLD, groups))
+    return out_BHLD.transpose(1, 2).contiguous(), None
+
+
+def register() -> str:
+    """Make the function known to transformers and return its name."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    return NAME
