@@ -18,10 +18,10 @@ import torch
 from pydantic import ValidationError
 
 from dllm_core.backbone.backbone import read_contract
+from dllm_core.backbone.conversion import copy_tokenizer
 from dllm_core.errors import ContractError, DllmError
 from dllm_core.methods.protocol import Method
 from dllm_core.methods.registry import room_method, room_options
-from dllm_core.methods.tokenizer import copy_tokenizer
 
 FORMAT_VERSION = 1
 CELL_FILE = "cell.json"
@@ -73,7 +73,7 @@ def save_cell(
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     method.save_pretrained(target)
-    copy_tokenizer(Path(tokenizer_dir), target)
+    copy_tokenizer(tokenizer_dir, target)
     content = {
         "format_version": FORMAT_VERSION,
         "cell": cell,

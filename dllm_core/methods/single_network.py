@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dllm_core.methods.protocol import Method, ScoredTokens
 from dllm_core.methods.requirements import RoomOptions
@@ -28,18 +28,10 @@ def gather_rows(states_BLD: Tensor, rows: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class SingleNetworkMethod(Method):
-    """A method whose model is the backbone itself, trained whole.
-
-    Dropout is switched off: it would draw from one generator for the whole batch, and the loss would then depend on
-    how the batch is split.
-    """
+    """A method whose model is the backbone itself, trained whole."""
 
     causal: bool
     backbone: Backbone
-
-    def __init__(self, backbone: Backbone, options: RoomOptions) -> None:
-        super().__init__(backbone, options)
-        _switch_off_dropout(backbone)
 
     # -- the network --------------------------------------------------------------------------------------------------
 
@@ -129,11 +121,3 @@ class SingleNetworkMethod(Method):
         method = cls(Backbone.from_pretrained(directory, dtype=dtype, device=device, expect=expect), options)
         method.directory = Path(directory)
         return method
-
-
-def _switch_off_dropout(network: nn.Module) -> None:
-    for module in network.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]

@@ -135,7 +135,7 @@ class Method(RandomMaskMethod):
         return read_anchors(resources.anchors, batch.sequence_keys, self.layers, rows), 0.0
 
     def _live_states(self, batch: Batch, rows: tuple[Tensor, Tensor]) -> tuple[dict[str, Tensor], float]:
-        teacher = self._teacher[0].to(batch.input_ids_BL.device)
+        teacher = self._teacher[0].to(device=self.backbone.device, dtype=self.backbone.embedding_weight_VD.dtype)
         document_BL = None if batch.is_plain else batch.document_BL
         with torch.no_grad(), teacher.capture(self.layers) as states:
             teacher.hidden(batch.input_ids_BL, causal=True, document_BL=document_BL, position_BL=batch.position_BL)
