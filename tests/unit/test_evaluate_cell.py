@@ -1,0 +1,210 @@
+"""The evaluation and benchmark steps on a tiny converted model, without a flow."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import params
+from dllm_core.backbone.backbone import Backbone
+from dllm_core.backbone.conversion import convert
+from dllm_core.backbone.identity import model_identity
+from dllm_core.methods.cell import save_cell
+from dllm_core.methods.registry import room_method, room_options
+from params.schema import GridSpec
+from steps.benchmark import benchmark
+from steps.context import Context
+from steps.evaluate_cell import evaluate_cell
+from tests.sequences import random_sequences
+from tests.tiny import NUM_TOKENS
+
+METRICS = {
+    "nelbo_nats_per_token",
+    "ppl_bound",
+    "bits_per_byte",
+    "block_nelbo_nats_per_token",
+    "block_size",
+    "exact_nats_per_token",
+    "perplexity",
+    "masked_accuracy",
+    "masked_nll",
+    "unigram_nats_per_token",
+    "frontier",
+    "reference_text",
+    "samples",
+    "history",
+    "prediction_strip",
+    "num_sequences",
+    "num_scored_tokens",
+    "eval_s",
+    "dtype",
+    "per_sequence",
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    path: str
+    identity: str
+    num_tokens: int = NUM_TOKENS
+
+
+@dataclass(frozen=True)
+class Data:
+    train_dir: str
+    heldout_dir: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Trained:
+    cell_dir: str
+
+
+@dataclass
+class World:
+    spec: GridSpec
+    model: Model
+    data: Data
+    ctx: Context
+    log: list[str]
+
+    def train(self, row_id: str, nudge: float) -> Trained:
+        """Save the base model, slightly moved, as a finished cell."""
+        row = next(r for r in self.spec.rows() if r.row_id == row_id)
+        backbone = Backbone.from_pretrained(self.model.path)
+        for parameter in backbone.parameters():
+            parameter.data += nudge
+        options = room_options(row.cell.method).model_validate(row.cell.options)
+        directory = Path(self.data.train_dir).parent / row_id
+        method = room_method(row.cell.method)(backbone, options)
+        save_cell(
+            method, directory, cell=row.cell.name, room=row.cell.method, seed=0, tokenizer_dir=Path(self.model.path)
+        )
+        return Trained(str(directory))
+
+
+@pytest.fixture
+def world(tmp_path: Path, tiny_source_dir: Path) -> World:
+    convert(tiny_source_dir, tmp_path / "model", alignment="shifted")
+    model = Model(str(tmp_path / "model"), model_identity(tmp_path / "model"))
+    for name, seed in (("train", 0), ("heldout", 1)):
+        random_sequences(6, 24, 8, NUM_TOKENS, seed).save(tmp_path / name)
+    data = Data(str(tmp_path / "train"), str(tmp_path / "heldout"), "data-1")
+    settings: dict[str, Any] = {
+        "eval.dtype": "fp32",
+        "train.dtype": "fp32",
+        "runtime.device": "cpu",
+        "bench.steps": "[2, 4]",
+        "bench.rounds": "2",
+    }
+    spec = params.load("test", overrides=settings)
+    log: list[str] = []
+    return World(spec, model, data, Context(run_id="one", runs_dir=tmp_path / "runs", log=log.append), log)
+
+
+def no_nan(value: Any) -> bool:
+    return json.dumps(value, allow_nan=False) is not None
+
+
+def test_untrained_ar_row_is_measured_from_the_base(world: World) -> None:
+    row = world.spec.row_spec("ar", 0)
+    found = evaluate_cell(world.spec, row, None, world.model, world.data, world.ctx)
+    metrics = found.metrics
+    assert set(metrics) == METRICS
+    assert metrics["nelbo_nats_per_token"] is None
+    assert metrics["masked_accuracy"] == {}
+    assert metrics["history"] is None
+    assert metrics["perplexity"] == pytest.approx(math.exp(metrics["exact_nats_per_token"]["value"]))
+    assert set(metrics["per_sequence"]) == {"exact"}
+    assert no_nan(metrics)
+    assert json.loads(Path(found.path).read_text()) == metrics
+
+
+def test_masked_row_gets_both_bounds_and_pictures(world: World) -> None:
+    row = world.spec.row_spec("random_mask", 0)
+    found = evaluate_cell(world.spec, row, world.train("random_mask", 0.01), world.model, world.data, world.ctx)
+    metrics, settings = found.metrics, world.spec.eval
+    assert set(metrics) == METRICS
+    assert metrics["exact_nats_per_token"] is None
+    assert set(metrics["per_sequence"]) == {"nelbo", "block_nelbo"}
+    for name in ("nelbo", "block_nelbo"):
+        per = metrics["per_sequence"][name]
+        assert len(per["nats"]) == len(per["tokens"]) == settings.nelbo_sequences == metrics["num_sequences"]
+        assert metrics[f"{name}_nats_per_token"]["value"] == pytest.approx(sum(per["nats"]) / sum(per["tokens"]))
+    assert set(metrics["masked_accuracy"]) == set(metrics["masked_nll"]) == {"0.15", "0.5", "0.85"}
+    assert [p["temperature"] for p in metrics["frontier"]] == [0.7, 1.0]
+    assert {p["judge"] for p in metrics["frontier"]} == {"base (self-judged)"}
+    assert len(metrics["history"]["commit_step"]) == len(metrics["history"]["tokens"]) == 16
+    assert set(metrics["history"]["commit_step"]) == {1, 2, 3, 4}
+    strip = metrics["prediction_strip"]
+    assert len(strip["tokens"]) == len(strip["state"]) == 24
+    assert strip["state"][:8] == ["given"] * 8
+    assert strip["state"].count("given") == 8 + 8
+    assert len(metrics["samples"]) == 4
+    assert no_nan(metrics)
+
+
+def test_results_are_found_again_under_what_they_depend_on(world: World) -> None:
+    row, trained = world.spec.row_spec("random_mask", 0), world.train("random_mask", 0.01)
+    first = evaluate_cell(world.spec, row, trained, world.model, world.data, world.ctx)
+    again = evaluate_cell(world.spec, row, trained, world.model, world.data, world.ctx)
+    assert (first.hit, again.hit, again.metrics) == (False, True, first.metrics)
+    other = world.spec.model_copy(update={"bench": world.spec.bench.model_copy(update={"rounds": 3})})
+    assert evaluate_cell(other, row, trained, world.model, world.data, world.ctx).hit, "speed settings do not matter"
+    moved = world.train("random_mask", 0.02)
+    assert not evaluate_cell(world.spec, row, moved, world.model, world.data, world.ctx).hit
+    deeper = world.spec.model_copy(update={"eval": world.spec.eval.model_copy(update={"nelbo_samples": 3})})
+    assert not evaluate_cell(deeper, row, moved, world.model, world.data, world.ctx).hit
+    assert sum("reference_text" in line for line in world.log) >= 3, "held-out text is judged once for all rows"
+
+
+def test_equal_weights_give_equal_numbers_in_any_room_of_the_family(world: World) -> None:
+    """Noise is common to all rows: a paired difference of equal models is exactly zero."""
+    found = [
+        evaluate_cell(
+            world.spec, world.spec.row_spec(name, 0), world.train(name, 0.01), world.model, world.data, world.ctx
+        ).metrics
+        for name in ("random_mask", "repr_align_all")
+    ]
+    for key in ("per_sequence", "masked_nll", "frontier"):
+        assert found[0][key] == found[1][key]
+
+
+def test_benchmark_times_all_rows_and_marks_the_untrained(world: World) -> None:
+    names = ("ar", "random_mask", "repr_align_4", "repr_align_all")
+    rows = [world.spec.row_spec(n, 0) for n in names]
+    trained = {n: world.train(n, 0.01) for n in names[1:3]}
+    result = benchmark(world.spec, rows, trained, world.model, world.ctx)
+    assert set(result.rows) == set(names)
+    assert result.rows["repr_align_all"] == {"steps": {}, "trained": False}
+    assert set(result.rows["ar"]["steps"]) == {"ar"}
+    assert set(result.rows["random_mask"]["steps"]) == {"2", "4"}
+    figures = result.rows["random_mask"]["steps"]["4"]
+    assert (figures["num_forwards"], figures["tokens_per_forward"]) == (4, 4.0)
+    assert len(figures["rounds"]) == 2
+    low, high = figures["tokens_per_s"]["ci95"]
+    assert low <= figures["tokens_per_s"]["median"] <= high
+    assert [(t["rows"], t["steps"]) for t in result.ties] == [
+        (["random_mask", "repr_align_4"], "2"),
+        (["random_mask", "repr_align_4"], "4"),
+    ]
+    assert {t["verdict"] for t in result.ties} == {"not resolved"}, "two rounds prove nothing"
+    assert no_nan(result.rows)
+    assert benchmark(world.spec, rows, trained, world.model, world.ctx).hit
+    assert any("repr_align_all was not trained" in line for line in world.log)
+
+
+def test_benchmark_in_laps_when_memory_is_short(world: World) -> None:
+    tight = world.spec.runtime.model_copy(update={"memory_limit_gb": 0.001})
+    spec = world.spec.model_copy(update={"runtime": tight})
+    rows = [spec.row_spec(n, 0) for n in ("ar", "random_mask")]
+    result = benchmark(spec, rows, {"random_mask": world.train("random_mask", 0.01)}, world.model, world.ctx)
+    assert result.together is False
+    assert len(result.rows["random_mask"]["steps"]["2"]["rounds"]) == 2
+    assert any("one after another" in line for line in world.log)
