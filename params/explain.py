@@ -48,7 +48,7 @@ def explain(error: ValidationError, model: type[BaseModel], locate: Locate = now
     if first["type"] == "extra_forbidden":
         return unknown_key(key, (prefix + k for k in known_keys(model)), locate)
     may_be = f"Allowed: {allowed(model, path)}."
-    if first["type"] == "missing":
+    if first["type"] == "missing" and not path[-1].isdigit():
         return ParamsError(f"{key} is not set{locate(key)}.", may_be)
     return ParamsError(f"{key} = {show(first['input'])} is not valid{locate(key)}.", may_be)
 

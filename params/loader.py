@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from params.errors import ParamsError, did_you_mean
 from params.explain import explain, known_keys, show, unknown_key
-from params.overrides import Loader, parse_overrides
+from params.overrides import ALIASES, Loader, parse_overrides
 from params.schema import CellSpec, GridSpec
 
 ROOT = Path(__file__).parent
@@ -36,12 +36,14 @@ class _Draft:
         cells: chosen cell names, in table order.
         tweaks: cell name -> overrides of its file.
         origins: dotted key -> the layer that set it last.
+        typed: dotted key -> the short name that the user typed for it.
     """
 
     tree: dict[str, Any] = field(default_factory=dict)
     cells: list[str] = field(default_factory=list)
     tweaks: dict[str, dict[str, Any]] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
+    typed: dict[str, str] = field(default_factory=dict)
 
     def locate(self, key: str) -> str:
         """Return ` (from LAYER)` for the layer that set `key`, its nearest parent or one of its parts."""
@@ -104,7 +106,15 @@ def load(
     try:
         return GridSpec.model_validate(tree)
     except ValidationError as error:
-        raise explain(error, GridSpec, draft.locate) from None
+        raise _as_typed(explain(error, GridSpec, draft.locate), draft.typed) from None
+
+
+def _as_typed(error: ParamsError, typed: Mapping[str, str]) -> ParamsError:
+    """Name a key as the user did."""
+    for key, short in typed.items():
+        if error.problem.startswith(f"{key} "):
+            return ParamsError(short + error.problem.removeprefix(key), error.remedy)
+    return error
 
 
 # -- files ---
@@ -237,7 +247,10 @@ def _seeds(seeds: Sequence[int] | str) -> list[Any]:
 def _apply_overrides(draft: _Draft, overrides: Mapping[str, Any]) -> None:
     layer: dict[str, Any] = {}
     known = [k for k in known_keys(GridSpec) if k not in ("cells", "donors", "preset")]
-    for key, value in overrides.items():
+    for short, value in overrides.items():
+        key = ALIASES.get(short, short)
+        if key != short:
+            draft.typed[key] = short
         path = key.split(".")
         if path[0] == "cells":
             _check_cell_key(draft, key, path, known)

@@ -50,7 +50,7 @@ def parse_value(key: str, text: str) -> Any:
 
 
 def parse_overrides(given: Mapping[str, Any] | Iterable[str] | str | None) -> dict[str, Any]:
-    """Return {dotted key: value} for all `--set` arguments; a later one wins.
+    """Return {dotted key as typed: value} for all `--set` arguments; a later one wins.
 
     Args:
         given: `"a.b=1,c.d=[2,3]"`, several of those, or a mapping whose text values are read as YAML. A piece
@@ -62,14 +62,11 @@ def parse_overrides(given: Mapping[str, Any] | Iterable[str] | str | None) -> di
     if given is None:
         return {}
     if isinstance(given, Mapping):
-        return {
-            ALIASES.get(key, key): parse_value(key, value) if isinstance(value, str) else value
-            for key, value in given.items()
-        }
+        return {key: parse_value(key, value) if isinstance(value, str) else value for key, value in given.items()}
     found: dict[str, Any] = {}
     for argument in [given] if isinstance(given, str) else given:
         for key, text in _assignments(argument):
-            found[ALIASES.get(key, key)] = parse_value(key, text)
+            found[key] = parse_value(key, text)
     return found
 
 

@@ -129,8 +129,8 @@ class GridSpec(Settings):
             )
         if self.bench.prompt_tokens > self.data.length:
             raise ParamsError(
-                f"bench.prompt_tokens = {self.bench.prompt_tokens} is more than a sequence's {self.data.length} tokens, "
-                "and prompts are cut from held-out sequences.",
+                f"bench.prompt_tokens = {self.bench.prompt_tokens} is more than the {self.data.length} tokens "
+                "of a held-out sequence, from which prompts are cut.",
                 f"Allowed: at most {self.data.length}.",
             )
         for name in ("nelbo_sequences", "mask_ratio_sequences"):

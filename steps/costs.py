@@ -96,10 +96,8 @@ def _response(spec: GridSpec) -> int:
 
 
 def _read_bytes(spec: GridSpec, data: DataFacts) -> float:
-    """Text that is read: `max_documents` of them, or all."""
-    if data.num_bytes is None or data.documents is None:
-        return 4e3 * (spec.data.max_documents or 500)  # a web page
-    return data.num_bytes * min(1.0, (spec.data.max_documents or data.documents) / data.documents)
+    """Size of the text that is read."""
+    return data.num_bytes if data.num_bytes is not None else 4e3 * (spec.data.max_documents or 500)  # web pages
 
 
 def _train_sequences(spec: GridSpec, data: DataFacts) -> int | None:

@@ -156,7 +156,8 @@ def _shared(plan: Plan) -> str:
 
 def _data(plan: Plan) -> str:
     facts = plan.data
-    found = f"{facts.documents:,} documents, " if facts.documents else ""
+    more = "" if facts.complete else "more than "
+    found = f"{more}{facts.documents:,} documents, " if facts.documents else ""
     size = f"{_bytes(facts.num_bytes)}, " if facts.num_bytes else ""
     count = plan.cost.train_sequences
     return f"{found}{size}about {count:,} training sequences" if count else f"{found}{size}number of sequences unknown"
