@@ -9,20 +9,9 @@ import pytest
 
 from steps.check_model import _KNOWN, _scratch_shape
 from steps.estimates import GPU_SIZES_GB, MemoryEstimate, ModelShape, anchor_bytes, training_memory
-from steps.machine import Machine, probe
+from steps.machine import probe
+from tests.plan_tools import TWO_CORES
 
-TWO_CORES = Machine(
-    device="cpu",
-    name="two cores",
-    cores=2,
-    native_bf16=True,
-    memory_total=24e9,
-    memory_free=20e9,
-    flops_bf16=180e9,
-    flops_fp32=100e9,
-    bytes_per_s=9e9,
-    overhead_s=0.015,
-)
 SMOLLM2 = _KNOWN["embedded:smollm2-135m-instruct"]
 QWEN3 = _KNOWN["Qwen/Qwen3-1.7B"]
 

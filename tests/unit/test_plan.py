@@ -1,0 +1,162 @@
+"""The plan: rows, shared work, bad input refused before anything is computed, and the text of `--dry-run`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import params
+from params import GridSpec
+from steps.plan import render, validate
+from steps.plan_text import settings_yaml
+from tests.plan_tools import LLAMA, TWO_CORES, model_dir, plan
+
+# -- rows -----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_needs_and_shared_work() -> None:
+    made = plan("laptop")
+    rows = {row.row_id: row for row in made.rows}
+    assert [r.row_id for r in made.rows] == [c.name for c in made.spec.cells]
+    assert not rows["ar"].trains
+    assert rows["ar_tuned"].trains
+    assert rows["random_mask"].requirements.anchors is None
+    four = rows["repr_align_4"].requirements.anchors
+    assert four is not None
+    assert four.layers == ("8", "15", "23", "final")
+    assert made.shared.anchors is not None
+    assert made.shared.anchors.layers == ("embed", *(str(i) for i in range(1, 30)), "final")
+    assert made.shared.anchors.positions == "response_predictors"
+    assert [(row, need.cell, need.share) for row, need in made.shared.prefixes] == [
+        ("repr_align_trajectory", "repr_align_all", 0.4)
+    ]
+    assert [(row, need.responses, need.commit_steps) for row, need in made.shared.trajectories] == [
+        ("repr_align_trajectory", 64, 8)
+    ]
+
+
+def test_several_seeds_make_several_rows() -> None:
+    made = plan(seeds="0,1", cells="ar,repr_align_trajectory")
+    assert [r.row_id for r in made.rows] == [
+        "ar-seed0",
+        "ar-seed1",
+        "repr_align_trajectory-seed0",
+        "repr_align_trajectory-seed1",
+    ]
+    assert list(made.donors) == ["repr_align_all"]
+    assert [row for row, _ in made.shared.prefixes] == ["repr_align_trajectory-seed0", "repr_align_trajectory-seed1"]
+    assert "train shared prefixes" in made.cost.shared_s
+
+
+def test_no_needs_no_shared_work() -> None:
+    made = plan(cells="ar,random_mask")
+    assert made.shared.anchors is None
+    assert made.shared.prefixes == made.shared.trajectories == ()
+    assert "anchors" not in made.cost.disk
+    assert "cache anchors" not in made.cost.shared_s
+
+
+@pytest.mark.parametrize(
+    ("budget", "steps"),
+    [
+        ("budget.kind=tokens,budget.value=65", 2),  # 64 response tokens a step, the last batch is whole
+        ("budget.kind=tokens,budget.value=64", 1),
+        ("budget.kind=epochs,budget.value=2", 32),  # 64 sequences in batches of 4
+        ("train.steps=7", 7),
+    ],
+)
+def test_steps_of_a_budget(budget: str, steps: int) -> None:
+    made = plan(cells="ar,random_mask", overrides=budget)
+    assert made.cost.rows["random_mask"].steps == steps
+    assert made.cost.rows["ar"].steps == 0
+    assert made.cost.rows["ar"].train_s == 0
+
+
+def test_more_costly_methods_get_fewer_steps_of_a_flop_budget() -> None:
+    made = plan("laptop", overrides="budget.kind=flops,budget.value=1e14")
+    assert made.cost.rows["repr_align_trajectory"].steps < made.cost.rows["random_mask"].steps
+    spent = {r.row_id: made.cost.rows[r.row_id].train_flops for r in made.rows if r.trains}
+    for flops in spent.values():
+        assert flops == pytest.approx(1e14, rel=0.02)
+
+
+def test_anchors_cover_what_is_trained_on_and_no_more() -> None:
+    made = plan("laptop")
+    steps = made.cost.rows["random_mask"].steps
+    assert made.cost.anchor_sequences == 4 * steps
+    assert made.cost.disk["anchors"] == 4 * steps * 31 * 128 * 576 * 2
+    assert plan("laptop", overrides="data.train_sequences=70").cost.anchor_sequences == 70
+
+
+# -- the text -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", params.preset_names())
+def test_dry_run_of_every_preset(preset: str) -> None:
+    made = plan(preset, dry_run=True)
+    text = render(made)
+    for heading in ("Settings", "Contracts", "Rows", "Prepared once for all rows", "Estimates"):
+        assert f"\n\n{heading}" in text
+    for row in made.rows:
+        assert f"\n  {row.row_id} " in text
+    for word in ("alignment", "mask token", "weighting", "normaliser", "smallest GPU", "16 bytes a parameter"):
+        assert word in text
+    assert text.endswith("\n")
+    assert text.isascii()
+
+
+@pytest.mark.parametrize("preset", params.preset_names())
+def test_the_printed_settings_are_a_preset_that_gives_the_same_grid(preset: str, tmp_path: Path) -> None:
+    made = plan(preset, dry_run=True, overrides="train.lr=3e-4,cells.ar_tuned.train.lr=5e-5", seeds="0,5")
+    copy = tmp_path / f"{preset}.yaml"
+    copy.write_text(settings_yaml(made))
+    again = plan(str(copy), dry_run=True)
+    assert again.rows == made.rows
+    same = {"cells", "donors"}
+    assert again.spec.model_dump(exclude=same) == made.spec.model_dump(exclude=same)
+
+
+def test_the_published_grid_states_its_memory() -> None:
+    text = render(plan("qwen3_1_7b", dry_run=True))
+    assert "parameters    1,720,574,976 (qwen3, 28 layers, hidden 2048)" in text
+    assert "Adam 27.5 GB (16 bytes a parameter)" in text
+    assert "smallest GPU  32 GB" in text
+    assert "anchors of 29 layers" in text
+
+
+def test_the_published_code_path_on_a_tiny_qwen3(tmp_path: Path) -> None:
+    config = {**LLAMA, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 28}
+    data = tmp_path / "web.jsonl"
+    data.write_text('{"text": "%s"}\n' % ("word " * 400) * 60)
+    made = plan(
+        "qwen3_1_7b",
+        model=str(model_dir(tmp_path / "m", config)),
+        data=str(data),
+        overrides="runtime.device=cpu",
+    )
+    assert made.data.documents == 50
+    quarters = next(r for r in made.rows if r.cell == "repr_align_4").requirements.anchors
+    assert quarters is not None
+    assert quarters.layers == ("7", "14", "21", "final")
+    assert made.cost.rows["random_mask"].steps == -(-10 * (made.cost.train_sequences or 0) // 4)
+
+
+def test_a_spec_from_json_plans_alike() -> None:
+    spec = params.load("test")
+    again = GridSpec.model_validate_json(spec.model_dump_json())
+    assert validate(again, machine=TWO_CORES) == validate(spec, machine=TWO_CORES)
+
+
+@pytest.mark.parametrize("preset", ["laptop", "test", "qwen3_1_7b"])
+def test_planning_imports_no_torch(preset: str) -> None:
+    code = (
+        "import sys, params; from steps.plan import render, validate; "
+        f"render(validate(params.load({preset!r}), runs_dir='.', dry_run=True)); "
+        "heavy = {'torch', 'transformers', 'datasets', 'metaflow', 'mlflow', 'pandas', 'matplotlib', 'pyarrow'}; "
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    root = Path(params.__file__).parents[1]
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
