@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from dllm_core.errors import DataError
 FORMAT_VERSION = 1
 _TENSORS_FILE = "sequences.safetensors"
 _INFO_FILE = "sequences.json"
+_ROW_TENSORS = ("input_ids_NL", "response_NL", "document_NL", "position_NL", "num_bytes_N")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +34,9 @@ class SequenceSet:
         position_NL: int32; position within the document, restarting at 0; 0 for padding.
         num_bytes_N: int64; UTF-8 bytes of each row's response tokens (special tokens count none).
         num_tokens: ids 0..num_tokens-1 are the tokenizer's; the length of `token_counts`.
-        documents: names of the documents the rows were cut from.
+        documents: names of the documents the rows were cut from (before a cap on the number of rows).
+        text_counts_V: int64; how often each token occurs as a response token in all rows before a cap; None counts
+            those of the rows that are here.
     """
 
     input_ids_NL: Tensor
@@ -43,6 +46,7 @@ class SequenceSet:
     num_bytes_N: Tensor
     num_tokens: int
     documents: tuple[str, ...] = ()
+    text_counts_V: Tensor | None = None
 
     def __post_init__(self) -> None:
         shape = self.input_ids_NL.shape
@@ -83,7 +87,9 @@ class SequenceSet:
 
     @cached_property
     def token_counts(self) -> Tensor:
-        """How often each token id is a response token: int64 [V]."""
+        """How often each token id is a response token, int64 [V]: `text_counts_V` where it is given."""
+        if self.text_counts_V is not None:
+            return self.text_counts_V
         return torch.bincount(self.input_ids_NL[self.response_NL].long(), minlength=self.num_tokens)
 
     @cached_property
@@ -120,10 +126,15 @@ class SequenceSet:
         """Return the rows `sample_ids` in their first epoch."""
         return self.batch([(sample, 0) for sample in sample_ids])
 
+    def select(self, sample_ids: Sequence[int]) -> SequenceSet:
+        """Return the named rows, in that order, as a set of their own."""
+        index_N = torch.tensor(list(sample_ids), dtype=torch.long)
+        rows = {name: getattr(self, name)[index_N] for name in _ROW_TENSORS}
+        return replace(self, **rows)
+
     def head(self, count: int) -> SequenceSet:
         """Return the first `count` rows (all of them when there are fewer)."""
-        tensors = {name: tensor[:count].clone() for name, tensor in self._tensors().items()}
-        return SequenceSet(**tensors, num_tokens=self.num_tokens, documents=self.documents)
+        return self.select(range(min(count, self.num_sequences)))
 
     def save(self, directory: Path) -> None:
         """Write the set into `directory`, which is made when it is not there."""
@@ -165,8 +176,8 @@ class SequenceSet:
         return loaded
 
     def _tensors(self) -> dict[str, Tensor]:
-        names = ("input_ids_NL", "response_NL", "document_NL", "position_NL", "num_bytes_N")
-        return {name: getattr(self, name) for name in names}
+        tensors = {name: getattr(self, name) for name in _ROW_TENSORS}
+        return tensors if self.text_counts_V is None else {**tensors, "text_counts_V": self.text_counts_V}
 
 
 def sequence_key(input_ids_L: Tensor, document_L: Tensor, position_L: Tensor) -> str:
