@@ -14,8 +14,8 @@ from tests.plan_tools import LLAMA, TWO_CORES, model_dir, plan, refused
 
 
 def test_options_of_a_room() -> None:
-    problem, remedy = refused(lambda: plan(overrides="cells.repr_align_4.options.wieght=1"))
-    assert problem == "Unknown key 'cells.repr_align_4.options.wieght'."
+    problem, remedy = refused(lambda: plan(overrides="cells.repr_align_4.options.weighht=1"))
+    assert problem == "Unknown key 'cells.repr_align_4.options.weighht'."
     assert remedy.startswith("Did you mean 'cells.repr_align_4.options.weight'? Known: ")
     assert refused(lambda: plan(overrides="cells.repr_align_4.options.weight=-1")) == [
         "cells.repr_align_4.options.weight = -1 is not valid.",
@@ -205,7 +205,7 @@ def test_data_files(tmp_path: Path) -> None:
         ),
         (
             "a.txt",
-            b"caf\xe9 ",
+            b"un \xe9t\xe9",
             "Data file '{}' is not UTF-8 (0xe9 at byte 3).",
             "Convert it, e.g.: iconv -f latin1 -t utf-8 a.txt > utf8-a.txt",
         ),
