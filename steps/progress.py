@@ -1,7 +1,7 @@
 """How far a piece of work has come: a line every ten seconds, or a bar when somebody watches.
 
-A Metaflow task writes into a pipe and cannot draw. So on a terminal the launcher sets `DLLM_PROGRESS=watched`: the tasks
-then write their line every second, and the launcher shows the latest as a bar (`parse`).
+A Metaflow task writes into a pipe and cannot draw. On a terminal the launcher therefore sets `DLLM_PROGRESS=watched`:
+tasks then write their line every second, and the launcher shows the latest as a bar (`parse`).
 """
 
 from __future__ import annotations
@@ -106,7 +106,10 @@ class Progress:
         if self._first is None:
             self._first = done  # work resumed from a checkpoint says nothing about the pace
         finished = total is not None and done >= total
-        if now - self._last < self._every and not (finished and self._mode != "lines"):
+        pause = self._every
+        if finished:  # a screen must see the end; a log is spared a burst of lines
+            pause = 1.0 if self._mode == "lines" else 0.0
+        if now - self._last < pause:
             return
         self._last = now
         self._emit(done, total, self._text(done, total, values, now))

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import sys
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,20 +43,21 @@ def is_infrastructure(module: str) -> bool:
 
 
 def source_of(module: str, root: Path = ROOT) -> Path | None:
-    """Return the file of a module of this repository, or None when there is no such module."""
+    """Return the file of a module of this repository, or None when there is no such module. Imports nothing."""
+    package, _, name = module.rpartition(".")
     if module.split(".")[0] not in PACKAGES:
         return None
-    base = root.joinpath(*module.split("."))
-    for candidate in (base / "__init__.py", base.with_suffix(".py")):
-        if candidate.is_file():
-            return candidate
-    if base.is_dir() or root != ROOT:
-        return None
-    try:  # a room that lives outside the tree (on the `__path__` of its package)
-        spec = find_spec(module)
-    except (ImportError, ValueError, AttributeError):
-        return None
-    return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
+    places = [root.joinpath(*package.split("."))] if package else [root]
+    if root == ROOT and package in sys.modules:  # a room may live outside the tree, on the `__path__` of its package
+        places += [Path(p) for p in getattr(sys.modules[package], "__path__", ())]
+    elif package and not places[0].is_dir():
+        parent = source_of(package, root)
+        places = [parent.parent] if parent is not None and parent.name == "__init__.py" else []
+    for place in places:
+        for candidate in (place / name / "__init__.py", place / f"{name}.py"):
+            if candidate.is_file():
+                return candidate
+    return None
 
 
 @lru_cache(maxsize=4096)

@@ -110,9 +110,9 @@ class StepCache:
             with lock:  # look again: another process may have built it between the look and the lock
                 entry = self._find(kind, key, label, report_damage=True)
                 return entry or self._build(parts, key, build, label)
-        except PermissionError as error:
+        except (PermissionError, NotADirectoryError) as error:
             if not os.access(self.runs_dir, os.W_OK):
-                raise ResourceError(f"Cannot write to {self.runs_dir}: {error.strerror}.", _WRITABLE) from error
+                raise ResourceError(f"Cannot write to '{self.runs_dir}' ({error.strerror}).", _WRITABLE) from error
             raise
 
     def entry_dir(self, kind: str, key: str) -> Path:
