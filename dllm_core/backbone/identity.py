@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,6 @@ def _read_memo(memo: Path | None) -> dict[str, Any]:
 def _write_memo(memo: Path | None, known: dict[str, Any]) -> None:
     if memo is None:
         return
-    partial = memo.with_suffix(".partial")
+    partial = memo.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(json.dumps(known, indent=1), encoding="utf-8")
     partial.replace(memo)

@@ -1,0 +1,119 @@
+"""What the computation runs on: device, compute dtype with the reason for it, peak rate, memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from dllm_core.errors import ResourceError
+
+_SIZE = 768
+
+
+def device(wish: str = "auto") -> torch.device:
+    """Return the device to compute on.
+
+    Args:
+        wish: `auto` (cuda when there is one), `cpu` or `cuda`.
+
+    Raises:
+        ResourceError: cuda was asked for and is not usable.
+    """
+    if wish == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if wish == "cuda" and not torch.cuda.is_available():
+        raise ResourceError(
+            "runtime.device=cuda, but torch sees no usable GPU.",
+            "Use runtime.device=auto or cpu, or install the CUDA build (make install TORCH=cuda).",
+        )
+    return torch.device(wish)
+
+
+def compute_dtype(where: torch.device | str, wish: str = "auto") -> tuple[torch.dtype, str]:
+    """Return (dtype, reason): bf16 where the device is fast at it, else fp32.
+
+    On a CPU both are measured with a matrix product, once per process.
+
+    Args:
+        where: the device.
+        wish: `auto`, `fp32` or `bf16`.
+    """
+    if wish != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[wish], f"{wish} was asked for"
+    kind = torch.device(where).type
+    if kind == "cuda":
+        name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+        if major >= 8:
+            return torch.bfloat16, f"{name} (compute capability {major}.{minor}) has bf16 units"
+        return torch.float32, f"{name} (compute capability {major}.{minor}) has no bf16 units"
+    fp32, bf16 = (peak_flops(kind, dtype) for dtype in (torch.float32, torch.bfloat16))
+    rates = f"bf16 {bf16 / 1e9:.0f} against fp32 {fp32 / 1e9:.0f} GFLOP/s in a matrix product here"
+    return (torch.bfloat16, rates) if bf16 > 1.2 * fp32 else (torch.float32, rates)
+
+
+@cache
+def peak_flops(kind: str, dtype: torch.dtype) -> float:
+    """Return the best rate of a few matrix products in FLOP/s, measured once per process (tens of milliseconds).
+
+    Args:
+        kind: `cpu` or `cuda`.
+        dtype: of the product.
+    """
+    size = _SIZE if kind == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=kind).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(4):  # the first one warms up
+        _synchronise(kind)
+        start = time.perf_counter()
+        a @ b
+        _synchronise(kind)
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best
+
+
+def peak_memory_gb(kind: str = "cpu") -> float:
+    """Return the most memory (GB, 1e9 bytes) this process has held: resident on a CPU, allocated on a GPU."""
+    if kind == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def describe() -> dict[str, Any]:
+    """Return the machine and the versions that a published number has to name."""
+    has_gpu = torch.cuda.is_available()
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "gpu": torch.cuda.get_device_name() if has_gpu else None,
+        "gpu_memory_gb": round(torch.cuda.get_device_properties(0).total_memory / 1e9, 1) if has_gpu else None,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _synchronise(kind: str) -> None:
+    if kind == "cuda":
+        torch.cuda.synchronize()
