@@ -8,6 +8,7 @@ from dllm_core.methods.layer_rule import layer_names
 from dllm_core.methods.protocol import Corrupted, Resources
 from dllm_core.methods.random_mask.method import Method as RandomMaskMethod
 from dllm_core.methods.random_mask.options import Options as RandomMaskOptions
+from dllm_core.methods.repr_align.alignment import alignment_loss
 from dllm_core.methods.repr_align.method import Method
 from dllm_core.methods.repr_align.options import Options
 from tests.method_tools import DictAnchors, corrupt, nll_rows, split_losses, step_info
@@ -190,3 +191,29 @@ def test_alignment_survives_activation_checkpointing():
     assert again[0] == pytest.approx(plain[0], rel=1e-9)
     for name, grad in plain[2].items():
         assert torch.allclose(again[2][name], grad, rtol=1e-7, atol=1e-10), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_hand_made_gradient_is_that_of_the_cosine(dtype):
+    generator = torch.Generator().manual_seed(0)
+    states_RLD = torch.randn(3, 5, 8, generator=generator).to(dtype).requires_grad_()
+    rows = (torch.tensor([2, 0, 0, 1]), torch.tensor([4, 0, 3, 2]))
+    target_MD, weight_M = torch.randn(4, 8, generator=generator).to(dtype), torch.tensor([0.1, 0.4, 0.2, 0.3])
+    found = alignment_loss({"1": states_RLD}, rows, {"1": target_MD}, weight_M)
+    (3 * found).backward()
+    exact_RLD = states_RLD.detach().double().requires_grad_()
+    cosine_M = torch.nn.functional.cosine_similarity(exact_RLD[rows], target_MD.double(), dim=-1)
+    expected = (weight_M.double() * (1 - cosine_M)).sum()
+    (3 * expected).backward()
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    tolerance = {torch.float64: 1e-7, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    assert torch.allclose(states_RLD.grad.double(), exact_RLD.grad, rtol=tolerance, atol=tolerance)
+
+
+def test_a_state_of_zeros_is_no_nan():
+    states_RLD = torch.zeros(1, 2, 4, requires_grad=True)
+    rows = (torch.tensor([0]), torch.tensor([1]))
+    loss = alignment_loss({"1": states_RLD}, rows, {"1": torch.ones(1, 4)}, torch.ones(1))
+    loss.backward()
+    assert float(loss.detach()) == 1.0
+    assert bool(states_RLD.grad.isfinite().all())
