@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from dllm_core.backbone import masks
+from dllm_core.backbone import attention, masks
 from dllm_core.backbone.contract import Contract, read_contract
 from dllm_core.backbone.families import Family, check_config
 from dllm_core.backbone.loading import load_causal_lm, no_progress_bars
@@ -42,6 +42,8 @@ class Backbone(nn.Module):
 
     def __init__(self, model: PreTrainedModel, contract: Contract) -> None:
         super().__init__()
+        if model.config._attn_implementation == "sdpa":
+            model.set_attn_implementation(attention.register())
         self.model = model
         self.contract = contract
         self.family: Family = check_config(model.config.to_dict(), type(model).__name__)
