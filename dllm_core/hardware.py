@@ -62,7 +62,7 @@ def compute_dtype(where: torch.device | str, wish: str = "auto") -> tuple[torch.
 
 @cache
 def peak_flops(kind: str, dtype: torch.dtype) -> float:
-    """Return the best rate of a few matrix products in FLOP/s, measured once per process (tens of milliseconds).
+    """Return the best rate of a few matrix products in FLOP/s, measured once per process (about a tenth of a second).
 
     Args:
         kind: `cpu` or `cuda`.
@@ -71,7 +71,7 @@ def peak_flops(kind: str, dtype: torch.dtype) -> float:
     size = _SIZE if kind == "cpu" else 8192
     a, b = (torch.randn(size, size, device=kind).to(dtype) for _ in range(2))
     best = float("inf")
-    for _ in range(4):  # the first one warms up
+    for _ in range(10):  # the first one warms up; the best one is the least disturbed
         _synchronise(kind)
         start = time.perf_counter()
         a @ b
