@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dllm_core.data.anchor_codec import standardised_error
 from dllm_core.data.anchor_files import Ranges, covers
 from dllm_core.data.anchors import AnchorStore, needed_rows
 from dllm_core.data.batch import Batch
@@ -66,7 +67,7 @@ def extract(
         DllmError: an unknown layer.
     """
     computed = found = 0
-    seconds = flops = 0.0
+    seconds = flops = write_s = 0.0
     training = backbone.training
     backbone.eval()
     try:
@@ -79,10 +80,12 @@ def extract(
                 todo = batch.select(picked)
                 wanted = _wanted_layers(store, todo.sequence_keys, layers, rows)
                 states = _teacher_states(backbone, todo, wanted)
-                spent = time.perf_counter() - started
+                share = (time.perf_counter() - started) / len(todo)
                 for i, key in enumerate(todo.sequence_keys):
                     of_row = {layer: states_BLD[i] for layer, states_BLD in states.items()}
-                    store.write(key, of_row, rows[key], seconds=spent / len(todo))
+                    before = time.perf_counter()
+                    store.write(key, of_row, rows[key], seconds=share + write_s)
+                    write_s = time.perf_counter() - before  # charged to the next chunk: this one's header is written
                 flops += backbone.flops_forward(todo.input_ids_BL.numel(), todo.length, 0)
                 seconds += time.perf_counter() - started
             computed += len(picked)
@@ -118,3 +121,36 @@ def _teacher_states(backbone: Backbone, batch: Batch, layers: Sequence[str]) -> 
             position_BL=on_device.position_BL,
         )
     return {layer: states[layer].detach().to("cpu") for layer in layers}
+
+
+def worst_error(backbone: Backbone, batch: Batch, store: AnchorStore, layers: Sequence[str]) -> float:
+    """Compare stored states with live ones, in units of each dimension's standard deviation over the batch.
+
+    Position 0 of every document is left out: an AR model keeps states of a hundred times the usual norm there.
+
+    Args:
+        backbone: the teacher.
+        batch: sequences that are in the store.
+        store: the store.
+        layers: layers to compare.
+
+    Returns:
+        The median over dimensions of `standardised_error`, of the worst layer.
+
+    Raises:
+        StoreError: a sequence or layer is not stored.
+    """
+    wanted = needed_rows(batch, "response_predictors")
+    rows = [_inner_rows(wanted[key], batch.position_BL[b]) for b, key in enumerate(batch.sequence_keys)]
+    cached = store.gather(batch.sequence_keys, layers, rows)
+    live = _teacher_states(backbone, batch, layers)
+    found = []
+    for layer in layers:
+        live_MD = torch.cat([live[layer][b, index] for b, index in enumerate(rows)])
+        found.append(float(standardised_error(cached[layer], live_MD).median()) if len(live_MD) > 1 else 0.0)
+    return max(found)
+
+
+def _inner_rows(ranges: Ranges, position_L: Tensor) -> Tensor:
+    rows_M = torch.cat([torch.arange(start, stop) for start, stop in ranges] or [torch.arange(0)])
+    return rows_M[position_L[rows_M] > 0]
