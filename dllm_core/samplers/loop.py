@@ -7,7 +7,6 @@ B batch, C canvas length, M scored rows, D hidden. Scheduled rules read nothing 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -66,31 +65,6 @@ def generate(
         canvas = Canvas.from_prompts(input_ids, config.max_new_tokens)
     else:
         canvas = Canvas.from_infill(input_ids, infill_mask)
-    return fill(backbone, canvas, config, sample_ids=sample_ids, streamer=streamer, on_draft=on_draft)
-
-
-def fill(
-    backbone: Backbone,
-    canvas: Canvas,
-    config: DiffusionGenerationConfig,
-    *,
-    sample_ids: Sequence[int] | None = None,
-    reference_ids_BC: Tensor | None = None,
-    streamer: Streamer | None = None,
-    on_draft: OnDraft | None = None,
-) -> GenerationOutput:
-    """Fill the open places of a canvas; `generate` says what the arguments mean.
-
-    Args:
-        backbone: as for `generate`.
-        canvas: given tokens and places to fill; decides how much is generated.
-        config: as for `generate`.
-        sample_ids: as for `generate`.
-        reference_ids_BC: int64; tokens to commit in place of the drafted ones. The order stays that of the drafts,
-            which is what a commit order over known text is.
-        streamer: as for `generate`.
-        on_draft: as for `generate`.
-    """
     stream = DraftStream(streamer, len(canvas.lengths)) if streamer is not None else None
     with torch.inference_mode():
         decoding = Decoding(backbone, canvas, config, sample_ids)
@@ -98,7 +72,7 @@ def fill(
             stream.commit(decoding.canvas_BC[0], decoding.settled(0))
         while (step := decoding.plan.next_step(decoding.device)) is not None:
             stop = decoding.block_end(0) if stream else 0
-            drafted_BC = decoding.advance(step, reference_ids_BC)
+            drafted_BC = decoding.advance(step)
             if on_draft is not None:
                 on_draft(drafted_BC, decoding.real_BC & ~decoding.masked_BC)
             if stream:
@@ -133,7 +107,7 @@ class Decoding:
         config: DiffusionGenerationConfig,
         sample_ids: Sequence[int] | None,
     ) -> None:
-        self.device = backbone.embedding_weight_VD.device
+        self.device = backbone.device
         self.stopwatch = Stopwatch(self.device)
         contract = backbone.contract
         self.shift = 1 if contract.alignment == "shifted" else 0
@@ -164,8 +138,7 @@ class Decoding:
 
     def _start_eos(self, to_fill_BC: Tensor) -> None:
         """Find the places where an EOS ends the text: those that nothing given follows."""
-        eos = self.config.eos_token_ids or self.backbone.config.eos_token_id
-        eos = () if eos is None else (eos if isinstance(eos, list | tuple) else (eos,))
+        eos = self.config.eos_token_ids or self.backbone.eos_token_ids
         self.eos_ids = torch.tensor(eos, device=self.device) if self.config.stop_at_eos and eos else None
         given_BC = (self.real_BC & ~to_fill_BC).long()
         given_after_BC = given_BC.sum(-1, keepdim=True) - given_BC.cumsum(-1)
@@ -188,7 +161,7 @@ class Decoding:
 
     # -- one pass ---------------------------------------------------------------------------------------------------
 
-    def advance(self, step: StepPlan, reference_ids_BC: Tensor | None = None) -> Tensor:
+    def advance(self, step: StepPlan) -> Tensor:
         """Make one pass and return the canvas with the drafts of this pass in it, [B, C]."""
         self.passes += 1
         active_BC = self.block_BC == step.block_B[:, None]
@@ -196,8 +169,6 @@ class Decoding:
         draft = self._denoise(candidate_BC, step.num_scored)
         accepted_BC = self.rule.accept(draft, step.keep_B)
         drafted_BC = torch.where(candidate_BC, draft.token_BC, self.canvas_BC)
-        if reference_ids_BC is not None:
-            draft = replace(draft, token_BC=reference_ids_BC.to(self.device))
         fixed_BC = accepted_BC & self.masked_BC
         self.commit_BC = torch.where(fixed_BC, self.passes, self.commit_BC)
         self.canvas_BC, self.masked_BC = self.rule.renoise(

@@ -1,0 +1,112 @@
+"""The record that every benchmark writes: numbers with the commit, seed, hardware, versions and date behind them."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+NOT_MEASURED = "not measured"
+SCHEMA_VERSION = 1
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(("git", *arguments), cwd=ROOT, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def commit() -> dict[str, Any]:
+    """Return the checked-out commit and whether library or benchmarks differ from it."""
+    changed = _git("status", "--porcelain", "--", "dllm_core", "benchmarks/*.py")
+    return {"commit": _git("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def hardware() -> dict[str, Any]:
+    """Return what the numbers were measured on."""
+    found: dict[str, Any] = {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": None,
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        driver = None
+        try:
+            query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+            driver = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.split()[0]
+        except (OSError, subprocess.SubprocessError, IndexError):
+            pass
+        found["gpu"] = {
+            "name": properties.name,
+            "memory_gb": round(properties.total_memory / 1e9, 1),
+            "driver": driver,
+            "cuda": torch.version.cuda,
+        }
+    return found
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions that can change a number."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "safetensors", "triton"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def header(name: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a record that says where its numbers come from.
+
+    Args:
+        name: of the benchmark.
+        seed: of everything drawn.
+        settings: the arguments, resolved.
+    """
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "benchmark": name,
+        "command": " ".join(["python", f"benchmarks/{name}.py", *sys.argv[1:]]),
+        **commit(),
+        "seed": seed,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hardware": hardware(),
+        "versions": versions(),
+        "settings": settings,
+    }
+
+
+def write(record: dict[str, Any], path: Path | None = None) -> Path:
+    """Write a record as JSON, by default to `benchmarks/results/<benchmark>-<device>.json`, and return the path."""
+    if path is None:
+        device = "gpu" if record["hardware"]["gpu"] else "cpu"
+        path = RESULTS / f"{record['benchmark']}-{device}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+    return path
