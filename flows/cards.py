@@ -23,7 +23,7 @@ class LossCurve:
     def __init__(self, row: str) -> None:
         self._points: list[dict[str, float]] = []
         self._every = 1
-        self._last = 0.0
+        self._last = time.monotonic()
         self._chart = VegaChart(_chart(row, self._points))
         current.card.append(Markdown(f"## {row}"))
         current.card.append(self._chart)
@@ -36,9 +36,9 @@ class LossCurve:
         if len(self._points) > MAX_POINTS:
             del self._points[::2]
             self._every *= 2
-        if time.monotonic() - self._last >= REFRESH_EVERY_S:
+        self._chart.update(_chart(row, self._points))
+        if time.monotonic() - self._last >= REFRESH_EVERY_S:  # a refresh is a process of its own
             self._last = time.monotonic()
-            self._chart.update(_chart(row, self._points))
             current.card.refresh()
 
 

@@ -30,6 +30,10 @@ class Screen:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
+    def isatty(self) -> bool:
+        """Return whether what writes here may use colours."""
+        return not os.environ.get("NO_COLOR")
+
     def write(self, text: str) -> int:
         """Write text; whole lines that report progress are drawn instead."""
         *lines, self._partial = (self._partial + text).split("\n")
@@ -61,17 +65,33 @@ class Screen:
         self._partial = self._bar = ""
 
 
+class Colourless:
+    """A terminal that what writes to it takes for a file, so that it leaves out colours."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def isatty(self) -> bool:
+        """Return False."""
+        return False
+
+
 @contextmanager
 def watch() -> Iterator[None]:
-    """Show progress as a bar while the flow runs, when stdout is a terminal that can."""
-    if not sys.stdout.isatty() or os.environ.get("TERM") in (None, "dumb"):
-        yield
-        return
-    screen, terminal = Screen(sys.stdout), sys.stdout
-    os.environ["DLLM_PROGRESS"] = "watched"
-    sys.stdout = screen  # type: ignore[assignment]
+    """Show progress as a bar while the flow runs, when stdout is a terminal that can; heed NO_COLOR."""
+    out, err = sys.stdout, sys.stderr
+    screen = Screen(out) if out.isatty() and os.environ.get("TERM") not in (None, "dumb") else None
+    if screen is not None:
+        os.environ["DLLM_PROGRESS"] = "watched"
+        sys.stdout = screen  # type: ignore[assignment]
+    if os.environ.get("NO_COLOR"):
+        sys.stderr = Colourless(err)  # type: ignore[assignment]
     try:
         yield
     finally:
-        sys.stdout = terminal
-        screen.close()
+        sys.stdout, sys.stderr = out, err
+        if screen is not None:
+            screen.close()

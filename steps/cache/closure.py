@@ -22,11 +22,13 @@ PACKAGES = frozenset({"dllm_core", "steps", "params"})
 INFRASTRUCTURE = frozenset(
     {
         "dllm_core.errors",  # how a failure is worded changes no result
+        "params",  # settings: their values stand in the fields of a key, so a new setting costs no re-run
         "steps.cache",
         "steps.context",
         "steps.failures",
         "steps.grid",
         "steps.locks",
+        "steps.machine",  # what it decides (device, dtype) stands in the fields as well
         "steps.plan",
         "steps.progress",
         "steps.tracking",

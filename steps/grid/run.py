@@ -180,7 +180,7 @@ def report_failure(failure: Failure) -> None:
 def prepare(run: GridRun) -> Prepared:
     """Convert the model, then tokenise and split the text."""
     with stage(run, "prepare_data") as ctx:
-        model = step_function("prepare_model")(run.spec.model, ctx)
+        model = step_function("prepare_model")(run.spec.model, ctx, run.spec.data)
         data = step_function("prepare_data")(run.spec, model, ctx)
         return Prepared(model, data)
 

@@ -80,6 +80,8 @@ def open_grid(
     Called once, before any fan-out: several processes that open a fresh SQLite file at once break each other.
     """
     uri = tracking_uri(runs_dir)
+    if os.environ.get("DLLM_TRACKING") == "off":
+        return TrackingRef(uri)
     try:
         runs_dir.mkdir(parents=True, exist_ok=True)
         with hold(runs_dir / ".mlflow.lock", "the MLflow store", log):

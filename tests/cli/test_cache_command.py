@@ -28,7 +28,7 @@ def put(cache: StepCache, label: str, size: int = 1000, kind: str = "toy", **fie
 
     settings = {"label": label, "train": {"lr": 0.1, "steps": 3}, **fields}
     return cache.get_or_build(
-        kind, settings, inputs={}, roots=["params.errors"], libraries=[], build=build, label=label
+        kind, settings, inputs={}, roots=["dllm_core.data.batch"], libraries=[], build=build, label=label
     )
 
 
@@ -74,9 +74,9 @@ def test_why_names_the_source_file_that_changed(
     cache: StepCache, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(cache, "a")
-    monkeypatch.setattr("steps.cache.key.closure", lambda roots: {"params.errors": "0" * 64})
+    monkeypatch.setattr("steps.cache.key.closure", lambda roots: {"dllm_core.data.batch": "0" * 64})
     assert run(cache, "why", put(cache, "a").key) == 0
-    assert "source file params.errors: " in capsys.readouterr().out
+    assert "source file dllm_core.data.batch: " in capsys.readouterr().out
 
 
 def test_why_of_the_only_entry_lists_what_its_key_is_made_of(

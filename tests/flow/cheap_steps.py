@@ -57,7 +57,7 @@ def _cached(ctx: Any, kind: str, label: str, work: Any) -> Any:
         return work(payload, work_dir)
 
     return ctx.cache.get_or_build(
-        kind, {"label": label}, inputs={}, roots=["dllm_core.errors"], libraries=[], build=build, label=label
+        kind, {"label": label}, inputs={}, roots=["dllm_core.data.order"], libraries=[], build=build, label=label
     )
 
 
@@ -70,7 +70,7 @@ def _fate(row_id: str) -> None:
         time.sleep(120)
 
 
-def prepare_model(spec: Any, ctx: Any) -> Thing:
+def prepare_model(spec: Any, ctx: Any, data: Any) -> Thing:
     return Thing("model")
 
 

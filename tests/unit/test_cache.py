@@ -36,7 +36,7 @@ def get(cache: StepCache, build: Callable[..., Any] = write_a_file, **changed: A
     settings: dict[str, Any] = {
         "fields": {"lr": 0.1, "steps": 3},
         "inputs": {"data": "abc"},
-        "roots": ["params.errors", "dllm_core.data.order"],
+        "roots": ["dllm_core.data.batch", "dllm_core.data.order"],
         "libraries": ["pytest"],
         "label": "row",
         **changed,
@@ -81,7 +81,7 @@ def test_results_are_copies(cache: StepCache) -> None:
         {"fields": {"lr": 0.1, "steps": "3"}},
         {"inputs": {"data": "abd"}},
         {"inputs": {"data": "abc", "anchors": "x"}},
-        {"roots": ["params.errors"]},
+        {"roots": ["dllm_core.data.batch"]},
         {"libraries": ["pytest", "hypothesis"]},
     ],
     ids=lambda c: str(c),
@@ -95,7 +95,7 @@ def test_key_changes_with_what_it_depends_on(cache: StepCache, changed: dict[str
     [
         {"fields": {"steps": 3, "lr": 0.1}},
         {"label": "another name"},
-        {"roots": ["dllm_core.data.order", "params.errors"]},
+        {"roots": ["dllm_core.data.order", "dllm_core.data.batch"]},
         {"libraries": ["pytest", "pytest"]},
     ],
     ids=lambda c: str(c),
@@ -264,7 +264,7 @@ from steps.cache import StepCache
 cache = StepCache(Path({runs!r}), "other", log=lambda line: print(line, flush=True))
 def get(build):
     return cache.get_or_build("toy", {{"lr": 0.1, "steps": 3}}, inputs={{"data": "abc"}},
-        roots=["params.errors", "dllm_core.data.order"], libraries=["pytest"], build=build, label="row")
+        roots=["dllm_core.data.batch", "dllm_core.data.order"], libraries=["pytest"], build=build, label="row")
 """
 
 
@@ -364,5 +364,5 @@ def test_hit_imports_nothing_heavy(cache: StepCache) -> None:
 def test_manifest_says_what_the_key_was_made_of(cache: StepCache) -> None:
     parts = read_manifest(get(cache).path.parent)["material"]
     assert parts["fields"] == {"lr": 0.1, "steps": 3}
-    assert set(parts["sources"]) >= {"dllm_core", "dllm_core.data.order", "params.errors"}
+    assert set(parts["sources"]) >= {"dllm_core", "dllm_core.data.order", "dllm_core.data.batch"}
     assert parts["libraries"]["pytest"] == pytest.__version__

@@ -57,7 +57,7 @@ def tree(tmp_path: Path) -> Path:
         ),
         ("dllm_core.dynamic", "dllm_core dllm_core.dynamic dllm_core.late"),
         ("dllm_core.circle", "dllm_core dllm_core.circle dllm_core.square"),
-        ("steps.work", "params params.schema steps steps.work"),
+        ("steps.work", "steps steps.work"),
     ],
 )
 def test_closure_follows_imports(tree: Path, root: str, expected: str) -> None:

@@ -1,0 +1,139 @@
+"""The command line of the grid: wrong input is refused in two lines before anything starts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flows import launcher
+
+ROOT = Path(__file__).resolve().parents[2]
+FLOW = ROOT / "flows" / "compare_grid.py"
+
+
+class Never:
+    """A flow that must not be reached."""
+
+    def __init__(self) -> None:
+        raise AssertionError(f"Metaflow was started with {sys.argv}")
+
+
+@pytest.fixture
+def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> object:
+    """Return a function that runs the launcher in this process, up to the start of Metaflow."""
+    monkeypatch.setenv("DLLM_RUNS", str(tmp_path / "runs"))
+
+    def go(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", [str(FLOW), *arguments])
+        return launcher.main(Never)
+
+    return go
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--preset", "labtop"), "Did you mean 'laptop'?"),
+        (("--preset", "test", "--cells", "ar,random_masks"), "Did you mean 'random_mask'?"),
+        (("--preset", "test", "--set", "train.lrr=1"), "Did you mean 'train.lr'?"),
+        (("--preset", "test", "--set", "train.lr=-1"), "train.lr = -1"),
+        (("--preset", "test", "--seeds", "a"), "--seeds 0,1,2"),
+        (("--preset", "test", "--model", "no/such/directory/here"), "no/such/directory/here"),
+        (("--preset", "test", "--data", "nowhere.jsonl"), "nowhere.jsonl"),
+    ],
+    ids=lambda a: " ".join(a[-2:]) if isinstance(a, tuple) else "",
+)
+def test_bad_settings_end_with_2_and_two_lines(
+    launch: object, capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: tuple[str, ...], says: str
+) -> None:
+    assert launch("run", *arguments) == 2  # type: ignore[operator]
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 2, err
+    assert says in err
+    assert not (tmp_path / "runs").exists(), "nothing was written"
+
+
+def test_missing_value_is_a_usage_error(launch: object, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch("run", "--preset") == 2  # type: ignore[operator]
+    assert "--preset" in capsys.readouterr().err
+
+
+def test_dry_run_starts_nothing_and_writes_nothing(
+    launch: object, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert launch("run", "--preset", "test", "--dry-run") == 0  # type: ignore[operator]
+    assert "random_mask" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_settings_reach_metaflow_resolved(launch: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    from params import GridSpec
+
+    seen: list[str] = []
+
+    def flow() -> None:
+        seen.extend(sys.argv)
+        raise SystemExit(0)
+
+    arguments = ["--preset", "test", "--set", "train.lr=2e-4", "--no-cache", "--max-workers", "2", "--tag", "x"]
+    monkeypatch.setattr(sys, "argv", [str(FLOW), "run", *arguments])
+    assert launcher.main(flow) == 0
+    spec = GridSpec.model_validate_json(seen[seen.index("--settings") + 1])
+    assert spec.train.lr == 2e-4
+    assert {"--no-cache", "--run-id-file"} <= set(seen)
+    assert seen[seen.index("--max-workers") + 1] == "2"
+    assert "--set train.lr=2e-4" in seen[seen.index("--command-line") + 1]
+
+
+@pytest.mark.parametrize(("ended", "status"), [(0, 0), (1, 1), (2, 2), (None, 0), ("text", 1)])
+def test_status_of_metaflow_is_kept(monkeypatch: pytest.MonkeyPatch, ended: object, status: int) -> None:
+    def flow() -> None:
+        raise SystemExit(ended)
+
+    monkeypatch.setattr(sys, "argv", [str(FLOW), "resume"])
+    assert launcher.main(flow) == status
+
+
+def test_environment_is_a_default_not_an_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("METAFLOW_USER", "USER", "USERNAME", "METAFLOW_DATASTORE_SYSROOT_LOCAL", "DLLM_RUNS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("METAFLOW_RUN_MAX_WORKERS", "4")
+    rest = launcher.prepare_environment(["run", "--runs-dir", str(tmp_path), "--preset", "test"])
+    assert rest == ["run", "--preset", "test"]
+    assert os.environ["METAFLOW_RUN_MAX_WORKERS"] == "4"
+    assert os.environ["METAFLOW_RESUME_MAX_WORKERS"] == "1"
+    assert os.environ["METAFLOW_USER"] == "dllm"
+    assert os.environ["DLLM_RUNS"] == os.environ["METAFLOW_DATASTORE_SYSROOT_LOCAL"] == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["run", "--tag", "resume"], "run"),
+        (["--datastore", "local", "resume"], "resume"),
+        (["--quiet", "step", "train_and_evaluate"], "step"),
+        (["show"], "show"),
+        ([], ""),
+        (["--help"], ""),
+    ],
+)
+def test_sub_command_is_found(arguments: list[str], command: str) -> None:
+    assert launcher.command_of(arguments)[0] == command
+
+
+@pytest.mark.parametrize("arguments", [("show",), ("run", "--help")], ids=" ".join)
+def test_metaflows_own_commands_pass_through(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    environment = {k: v for k, v in os.environ.items() if k not in ("USER", "USERNAME", "LOGNAME", "METAFLOW_USER")}
+    environment["DLLM_RUNS"] = str(tmp_path / "runs")
+    done = subprocess.run(
+        [sys.executable, str(FLOW), *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    text = done.stdout + done.stderr
+    assert ("train_and_evaluate" if arguments == ("show",) else "--preset") in text
+    assert "--settings" not in text, "what only the launcher sets is hidden"
