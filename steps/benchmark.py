@@ -222,7 +222,7 @@ def _measure(
 
     @contextmanager
     def loaded(entrant: _Entrant) -> Iterator[Mapping[str, Decode]]:
-        _load(entrant, bench, model.num_tokens, dtype, machine.device)
+        _load(entrant, bench, model, dtype, machine.device)
         yield _decodes(entrant, bench, model.num_tokens, machine.device)
         entrant.method = None
         if machine.device == "cuda":
@@ -231,7 +231,7 @@ def _measure(
     rounds = rounds_for(work, max(LEAST_ROUNDS, bench.rounds))
     if together:
         for entrant in entrants:
-            _load(entrant, bench, model.num_tokens, dtype, machine.device)
+            _load(entrant, bench, model, dtype, machine.device)
         groups: dict[str, dict[str, Decode]] = {g: {} for g in work}
         for entrant in entrants:
             for group, decode in _decodes(entrant, bench, model.num_tokens, machine.device).items():
@@ -252,7 +252,7 @@ def _measure(
     return {"rows": rows, "ties": _ties(entrants, bench, timings), "together": together, "rounds": rounds}
 
 
-def _load(entrant: _Entrant, bench: BenchSpec, num_tokens: int, dtype: str, device: str) -> None:
+def _load(entrant: _Entrant, bench: BenchSpec, model: ModelArtifact, dtype: str, device: str) -> None:
     """Load a row, then decode once to see how much memory that takes."""
     import torch
 
@@ -260,10 +260,10 @@ def _load(entrant: _Entrant, bench: BenchSpec, num_tokens: int, dtype: str, devi
     from dllm_core.evals.throughput import synchronize
 
     started = time.perf_counter()
-    entrant.method = load_row(entrant.row, entrant.directory, dtype=dtype, device=device)
+    entrant.method = load_row(entrant.row, entrant.directory, model, dtype=dtype, device=device)
     synchronize()
     entrant.load_s = time.perf_counter() - started
-    first = next(iter(_decodes(entrant, bench, num_tokens, device).values()))
+    first = next(iter(_decodes(entrant, bench, model.num_tokens, device).values()))
     with watch_peak(torch.device(device)) as peak:
         first(-1)
     if peak.extra_bytes is not None:

@@ -49,8 +49,7 @@ class Evaluation:
 
 def weights_dir(trained: TrainedCell | None, model: ModelArtifact) -> Path:
     """Return where a row's weights lie: its own directory, or the base model's for a row that is only measured."""
-    own = Path(trained.cell_dir) if trained is not None and trained.cell_dir else None
-    return own if own is not None and (own / "cell.json").is_file() else Path(model.path)
+    return Path(trained.cell_dir if trained is not None and trained.cell_dir else model.path)
 
 
 def weights_identity(directory: Path, model: ModelArtifact) -> str:
@@ -58,15 +57,19 @@ def weights_identity(directory: Path, model: ModelArtifact) -> str:
     return model.identity if directory == Path(model.path) else model_identity(directory)
 
 
-def load_row(row: RowSpec, directory: Path, *, dtype: str, device: str) -> Method:
-    """Load a row's model in evaluation mode: a finished cell, or the base model in the row's room."""
+def load_row(row: RowSpec, directory: Path, model: ModelArtifact, *, dtype: str, device: str) -> Method:
+    """Load a row's model in evaluation mode: a finished cell, or the base model in the row's room.
+
+    Raises:
+        DllmError: the row's own directory is no finished cell; the base model never stands in for it.
+    """
     import torch
 
     from dllm_core.methods.cell import load_cell
     from dllm_core.methods.registry import room_method
 
     torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
-    if (directory / "cell.json").is_file():
+    if directory != Path(model.path):
         return load_cell(directory, dtype=torch_dtype, device=device)
     options = room_options(row.cell.method).model_validate(row.cell.options)
     method = room_method(row.cell.method).from_pretrained(directory, options, dtype=torch_dtype, device=device)
@@ -222,7 +225,7 @@ def _measure(
         torch.set_num_threads(spec.runtime.threads)
     progress = ctx.progress(row.row_id, unit="view")
     return evaluate(
-        load_row(row, directory, dtype=dtype, device=device),
+        load_row(row, directory, model, dtype=dtype, device=device),
         SequenceSet.load(Path(data.heldout_dir)),
         _settings(spec),
         train_counts_V=SequenceSet.load(Path(data.train_dir)).token_counts,

@@ -115,7 +115,6 @@ def evaluate(
     """
     started = time.perf_counter()
     noise = NoiseSource(settings.seed)
-    capabilities = method.capabilities
     batch = _head(heldout, settings.nelbo_sequences)
     masked = _head(heldout, settings.mask_ratio_sequences)
     prompts = heldout_prompts(heldout, settings)
@@ -124,40 +123,13 @@ def evaluate(
     metrics: dict[str, Any] = {
         **_likelihood_metrics(likelihoods, heldout.num_bytes_N[: len(batch)].tolist()),
         "block_size": settings.block_size,
-        "masked_accuracy": {},
-        "masked_nll": {},
         "unigram_nats_per_token": unigram_nll(batch, train_counts_V, heldout.num_tokens).per_token().value,
-        "prediction_strip": None,
+        **_masked_metrics(method, masked, settings, noise, meter),
+        "prediction_strip": _strip(method, batch, noise, tokenizer) if method.capabilities.nelbo else None,
     }
-    if capabilities.nelbo:
-        found = masked_accuracy(
-            method,
-            masked,
-            ratios=settings.mask_ratios,
-            noise=noise,
-            batch_size=settings.batch_size,
-            on_views=meter.start("masked accuracy"),
-        )
-        metrics["masked_accuracy"] = {f"{r:g}": s.accuracy.per_token().as_json() for r, s in found.items()}
-        metrics["masked_nll"] = {f"{r:g}": s.nll.per_token().as_json() for r, s in found.items()}
-        metrics["prediction_strip"] = _strip(method, batch, noise, tokenizer)
-    written = frontier(
-        method,
-        prompts,
-        judge,
-        noise,
-        temperatures=settings.frontier_temperatures,
-        new_tokens=settings.response_tokens,
-        steps=settings.frontier_steps,
-        batch_size=settings.batch_size,
-        record_history=capabilities.unmasking,
-        on_done=meter.start("generation"),
-    )
+    metrics |= _text_metrics(method, prompts, judge, settings, noise, tokenizer, meter)
     metrics |= {
-        "frontier": written.points,
         "reference_text": reference_text,
-        "samples": _samples(written, prompts, tokenizer, settings.frontier_steps),
-        "history": _history(written, prompts, tokenizer),
         "num_sequences": len(batch),
         "num_scored_tokens": int(batch.response_BL.sum()),
         "dtype": dtype,
@@ -172,7 +144,7 @@ def _head(heldout: SequenceSet, count: int) -> Batch:
 
 
 def _work(method: Method, batch: Batch, masked: Batch, prompts: Prompts, settings: EvalSettings) -> int:
-    """Return how many views and continuations there are to do; a continuation counts as the passes it takes."""
+    """Return how many views and continuations there are to do."""
     work = len(prompts) * len(settings.frontier_temperatures)
     if method.capabilities.exact_likelihood:
         work += len(batch)
@@ -219,6 +191,53 @@ def _likelihood_metrics(found: dict[str, SequenceSums], num_bytes: list[float]) 
     headline = found.get("exact") or found.get("nelbo")
     metrics["bits_per_byte"] = headline.bits_per_byte(num_bytes) if headline and sum(num_bytes) else None
     return metrics
+
+
+def _masked_metrics(
+    method: Method, batch: Batch, settings: EvalSettings, noise: NoiseSource, meter: _Meter
+) -> dict[str, Any]:
+    if not method.capabilities.nelbo:
+        return {"masked_accuracy": {}, "masked_nll": {}}
+    found = masked_accuracy(
+        method,
+        batch,
+        ratios=settings.mask_ratios,
+        noise=noise,
+        batch_size=settings.batch_size,
+        on_views=meter.start("masked accuracy"),
+    )
+    return {
+        "masked_accuracy": {f"{r:g}": s.accuracy.per_token().as_json() for r, s in found.items()},
+        "masked_nll": {f"{r:g}": s.nll.per_token().as_json() for r, s in found.items()},
+    }
+
+
+def _text_metrics(
+    method: Method,
+    prompts: Prompts,
+    judge: Judge,
+    settings: EvalSettings,
+    noise: NoiseSource,
+    tokenizer: Any,
+    meter: _Meter,
+) -> dict[str, Any]:
+    written = frontier(
+        method,
+        prompts,
+        judge,
+        noise,
+        temperatures=settings.frontier_temperatures,
+        new_tokens=settings.response_tokens,
+        steps=settings.frontier_steps,
+        batch_size=settings.batch_size,
+        record_history=method.capabilities.unmasking,
+        on_done=meter.start("generation"),
+    )
+    return {
+        "frontier": written.points,
+        "samples": _samples(written, prompts, tokenizer, settings.frontier_steps),
+        "history": _history(written, prompts, tokenizer),
+    }
 
 
 def _pieces(tokenizer: Any, ids: Tensor) -> list[str]:

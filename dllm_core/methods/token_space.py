@@ -132,9 +132,9 @@ class TokenSpaceMethod(SingleNetworkMethod):
 
         Args:
             batch: clean sequences on the backbone's device.
-            masked_BL: bool; response tokens to hide and score. Rows may be empty.
+            masked_BL: bool; tokens to hide; those of them in `batch.response_BL` are scored. Rows may be empty.
         """
-        return self.score(batch, self.mask(batch, masked_BL), masked_BL)
+        return self.score(batch, self.mask(batch, masked_BL), masked_BL & batch.response_BL)
 
     # -- generating ---------------------------------------------------------------------------------------------------
 

@@ -91,6 +91,7 @@ def test_exact_likelihood_is_the_chain_rule(tiny_backbone: Backbone) -> None:
         assert found.sums[row] == pytest.approx(oracle, rel=1e-4)
 
 
+@torch.no_grad()
 def test_bounds_of_a_real_room_score_the_same_tokens_as_the_likelihood(tiny_backbone: Backbone) -> None:
     """With blocks of one token the bound is a chain over prefixes, each followed by masks: plain forwards give it."""
     method = MaskMethod(tiny_backbone, MaskOptions())
@@ -204,7 +205,7 @@ def test_foreign_judge_scores_only_tokens_after_the_prompt() -> None:
     # ab cd ef gh: "cd" straddles the border
     assert found.tokens == (2.0,)
     ids = PairTokenizer()("abcdefgh")["input_ids"]
-    logp_LV = torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), -1)
+    logp_LV = torch.log_softmax(model(torch.tensor([ids])).logits[0].detach().double(), -1)
     assert found.sums[0] == pytest.approx(-float(logp_LV[1, ids[2]] + logp_LV[2, ids[3]]), rel=1e-4)
 
 

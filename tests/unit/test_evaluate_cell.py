@@ -14,6 +14,7 @@ import params
 from dllm_core.backbone.backbone import Backbone
 from dllm_core.backbone.conversion import convert
 from dllm_core.backbone.identity import model_identity
+from dllm_core.errors import DllmError
 from dllm_core.methods.cell import save_cell
 from dllm_core.methods.registry import room_method, room_options
 from params.schema import GridSpec
@@ -148,6 +149,12 @@ def test_masked_row_gets_both_bounds_and_pictures(world: World) -> None:
     assert strip["state"].count("given") == 8 + 8
     assert len(metrics["samples"]) == 4
     assert no_nan(metrics)
+
+
+def test_the_base_never_stands_in_for_a_lost_cell(world: World) -> None:
+    row, lost = world.spec.row_spec("random_mask", 0), Trained(world.data.train_dir)
+    with pytest.raises(DllmError):
+        evaluate_cell(world.spec, row, lost, world.model, world.data, world.ctx)
 
 
 def test_results_are_found_again_under_what_they_depend_on(world: World) -> None:
