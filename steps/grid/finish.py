@@ -46,7 +46,7 @@ def row_result(run: GridRun, outcome: RowOutcome) -> RowResult:
         trained=capabilities.trains,
         error=failure.problem if failure else None,
         origin=trained.origin if trained and trained.hit else None,
-        cell_dir=str(trained.cell_dir) if trained else None,
+        cell_dir=str(trained.cell_dir) if trained and trained.cell_dir else None,
         metrics_path=str(trained.metrics_path) if trained and trained.metrics_path else None,
         train=trained.summary if trained else None,
         evaluation=evaluation.metrics if evaluation else None,
