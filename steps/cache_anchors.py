@@ -259,7 +259,6 @@ class _Work:
         todo = set(needed) if overwrite else set(self.files.missing(needed, self.need.layers))
         self._announce(needed, todo)
         error = None
-        backbone = None
         store = AnchorStore(self.files.root, self.files.teacher, self.files.dtype)
         if todo:
             dtype = torch.bfloat16 if self.compute == "bf16" else torch.float32
@@ -275,7 +274,9 @@ class _Work:
                 positions=self.need.positions,
                 overwrite=overwrite,
             )
-            error = worst_error(backbone, batches[0].rows(0, 2), store, self.need.layers)
+            # rather what an earlier run stored than what was computed a moment ago
+            found = [i for i in self.sample_ids if train.keys[i] not in todo] or self.sample_ids
+            error = worst_error(backbone, train.batch_of({found[0], found[-1]}), store, self.need.layers)
             self._check(error)
         return {
             "needed": needed,
