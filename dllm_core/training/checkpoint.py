@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from dllm_core.errors import StoreError
 from dllm_core.training.tensor_file import file_digest, sync_directory, write_tensors
@@ -132,6 +133,23 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if manifest.get("format") != FORMAT:
         raise StoreError(f"{path.name} has checkpoint format {manifest.get('format')}, not {FORMAT}.", "Delete it.")
     return Checkpoint(path, state)
+
+
+@torch.no_grad()
+def load_weights(checkpoint: Checkpoint, network: nn.Module) -> None:
+    """Copy the trained weights of a checkpoint into a network; parameters it did not train stay as they are.
+
+    Raises:
+        StoreError: the checkpoint trained a parameter that the network does not have.
+    """
+    own = dict(network.named_parameters())
+    for name, value in checkpoint.tensors().items():
+        if not name.startswith("param/"):
+            continue
+        parameter = own.get(name.removeprefix("param/"))
+        if parameter is None or parameter.shape != value.shape:
+            raise StoreError(f"{checkpoint.path.name} does not fit: {name} is not in the network.", "Train it again.")
+        parameter.copy_(value)
 
 
 def _newest_first(root: Path) -> list[Path]:

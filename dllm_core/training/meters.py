@@ -6,6 +6,7 @@ import json
 import resource
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,12 @@ import torch
 _GEMM = 1024
 
 
+@cache
 def measured_peak_flops(device: torch.device | str, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """Return the best rate of a plain square GEMM in FLOP/s: what this machine gives, as the base of MFU."""
+    """Return the best rate of a plain square GEMM in FLOP/s: what this machine gives, as the base of MFU.
+
+    Measured once a process.
+    """
     device = torch.device(device)
     size = _GEMM if device.type == "cpu" else 8 * _GEMM
     a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))

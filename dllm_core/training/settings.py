@@ -86,7 +86,10 @@ class TrainSettings:
         typed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**typed)
 
+    def influential(self) -> dict[str, Any]:
+        """Return the settings that influence the weights, JSON-able."""
+        return {k: v for k, v in asdict(self).items() if k not in _WITHOUT_EFFECT}
+
     def identity(self) -> str:
-        """Return a hash of everything that influences the weights; a checkpoint resumes under the same hash only."""
-        values = {k: v for k, v in asdict(self).items() if k not in _WITHOUT_EFFECT}
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+        """Return a hash of `influential`; a checkpoint resumes under the same hash only."""
+        return hashlib.sha256(json.dumps(self.influential(), sort_keys=True).encode()).hexdigest()[:16]

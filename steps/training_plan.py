@@ -1,0 +1,306 @@
+"""What training a row reads and how many steps its budget gives, worked out without torch: the keys of cached steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dllm_core.backbone.sources import read_config
+from dllm_core.data.order import SampleOrder
+from dllm_core.errors import DllmError
+from dllm_core.methods.registry import room_options
+from dllm_core.methods.requirements import AnchorNeed, Requirements, RoomOptions, TrajectoryNeed
+from dllm_core.training.budget import StepCost, branch_steps, steps_from_budget
+from dllm_core.training.schedule import share_of_steps
+from dllm_core.training.settings import TrainSettings
+from steps.cache.key import key_of, material
+from steps.estimates import ModelShape
+from steps.machine import probe
+
+if TYPE_CHECKING:
+    from params.schema import GridSpec, RowSpec
+    from steps.cache_anchors import AnchorArtifact
+    from steps.context import Context
+    from steps.prepare_data import DataArtifact
+    from steps.prepare_model import ModelArtifact
+
+LIBRARIES = ("torch", "transformers", "safetensors")
+_NO_STEPS_YET = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What all rows of a grid train on."""
+
+    spec: GridSpec
+    model: ModelArtifact
+    data: DataArtifact
+    anchors: AnchorArtifact | None
+    ctx: Context
+
+    @property
+    def device(self) -> str:
+        """`cpu` or `cuda`."""
+        return probe(self.spec.runtime.device, self.spec.runtime.threads).device
+
+    def dtype(self, wanted: str) -> str:
+        """Resolve `auto`."""
+        return probe(self.spec.runtime.device, self.spec.runtime.threads).dtype(wanted)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """One row's training, or its first part.
+
+    Attributes:
+        row_id, cell, room, seed: what it is.
+        options: the room's validated options.
+        settings: for the trainer.
+        around: model, data, stores and context.
+        branch: the job whose first `branch_at` steps this one continues from; None starts at the base model.
+        branch_at: finished steps of that part.
+    """
+
+    row_id: str
+    cell: str
+    room: str
+    seed: int
+    options: RoomOptions
+    settings: TrainSettings
+    around: Surroundings
+    branch: TrainJob | None = None
+    branch_at: int = 0
+
+    @property
+    def requirements(self) -> Requirements:
+        """What the room reads."""
+        return self.options.requirements(self.around.model.num_layers)
+
+    @property
+    def order(self) -> SampleOrder:
+        """The grid's common order under this row's seed."""
+        return SampleOrder(self.around.data.num_train, self.seed)
+
+    @property
+    def trajectories(self) -> TrajectoryNeed | None:
+        """The commit orders it trains on."""
+        return self.requirements.trajectories
+
+    def samples(self) -> tuple[int, ...]:
+        """Return the training sequences it may present, ascending."""
+        count = self.settings.steps * self.settings.batch_size
+        if self.trajectories is not None:  # its subset may reach further into the order than the steps do
+            count = max(count, self.branch_at * self.settings.batch_size + self.trajectories.responses)
+        return tuple(self.order.presented(count))
+
+    def _fields(self) -> dict[str, Any]:
+        return {
+            "cell": self.cell,
+            "method": self.room,
+            "options": self.options.model_dump(mode="json"),
+            "train": self.settings.influential(),
+            "device": self.around.device,
+        }
+
+    def _inputs(self) -> dict[str, str]:
+        inputs = {"model": self.around.model.identity, "data": self.around.data.train_fingerprint}
+        if self.requirements.anchors is not None:
+            anchors = self.around.anchors
+            if anchors is None:
+                raise DllmError(f"Row '{self.row_id}' reads anchors, and there are none.", "Run cache_anchors first.")
+            inputs["teacher"] = f"{anchors.teacher}/{anchors.dtype}"
+        return inputs
+
+    def _request(self, kind: str, fields: dict[str, Any], inputs: dict[str, str], *roots: str) -> Request:
+        everywhere = ("dllm_core.training", f"dllm_core.methods.{self.room}")
+        return Request(
+            kind=kind, fields=fields, inputs=inputs, roots=(*roots, *everywhere), libraries=LIBRARIES, label=self.row_id
+        )
+
+    def cell_request(self) -> Request:
+        """Return what the finished cell depends on. A prefix of its own changes nothing and is not part of it."""
+        inputs = self._inputs()
+        if self.branch is not None:
+            inputs["prefix"] = self.branch.prefix_request(self.branch_at).key()
+        if self.trajectories is not None:
+            inputs["trajectories"] = self.trajectory_request().key()
+        fields = {**self._fields(), "sample_every_steps": self.settings.sample_every_steps}
+        return self._request("train_cell", fields, inputs, "steps.train_run", "dllm_core.methods.cell")
+
+    def prefix_request(self, stop_at: int) -> Request:
+        """Return what its first `stop_at` steps depend on."""
+        return self._request("train_prefix", {**self._fields(), "stop_at": stop_at}, self._inputs(), "steps.train_run")
+
+    def trajectory_request(self) -> Request:
+        """Return what its commit orders depend on: who decodes, which responses, how."""
+        need, around = self.trajectories, self.around
+        assert need is not None
+        inputs = {"data": around.data.train_fingerprint, "tokenizer": around.model.tokenizer}
+        if need.mode == "student":
+            assert self.branch is not None, "a student's order needs the student"
+            inputs["student"] = self.branch.prefix_request(self.branch_at).key()
+        elif need.mode == "ar_difficulty":
+            inputs["model"] = around.model.identity
+        fields = {
+            **asdict(need),
+            "seed": self.seed,
+            "first_index": self.branch_at * self.settings.batch_size,
+            "dtype": self.settings.dtype,
+            "device": around.device,
+        }
+        return self._request("trajectories", fields, inputs, "steps.trajectory_run")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The arguments of `StepCache.get_or_build` that say what is wanted."""
+
+    kind: str
+    fields: dict[str, Any]
+    inputs: dict[str, str]
+    roots: tuple[str, ...]
+    libraries: tuple[str, ...]
+    label: str
+
+    def key(self) -> str:
+        """Return the cache key without looking for the entry."""
+        return key_of(material(self.kind, self.fields, self.inputs, self.roots, self.libraries))
+
+    def arguments(self) -> dict[str, Any]:
+        """Return keyword arguments for `get_or_build`, all but `build`."""
+        names = ("kind", "fields", "inputs", "roots", "libraries", "label")
+        return {name: getattr(self, name) for name in names}
+
+
+SecondsPerStep = Callable[["TrainJob"], float]
+
+
+def plan_job(row: RowSpec, around: Surroundings, seconds_per_step: SecondsPerStep) -> TrainJob:
+    """Work out how a row is trained.
+
+    Args:
+        row: which row.
+        around: what it trains on.
+        seconds_per_step: measures a step of a job (only asked under a budget in seconds; cached by the caller).
+
+    Raises:
+        DllmError: a budget that cannot be turned into steps.
+    """
+    options = room_options(row.cell.method).model_validate(row.cell.options)
+    prefix = options.requirements(around.model.num_layers).prefix
+    if prefix is None:
+        job = _job(row, options, around, _NO_STEPS_YET)
+        return _job(row, options, around, _steps(job, seconds_per_step))
+    donor = plan_job(around.spec.row_spec(prefix.cell, row.seed), around, seconds_per_step)
+    branch_at = share_of_steps(prefix.share, donor.settings.steps)
+    if not 0 < branch_at < donor.settings.steps:
+        raise DllmError(
+            f"Row '{row.row_id}' branches after {prefix.share:g} of {donor.settings.steps} steps, which is no step "
+            "between the first and the last.",
+            "Raise the budget.",
+        )
+    job = _job(row, options, around, _NO_STEPS_YET)
+    steps = _branch_total(job, donor, prefix.share, branch_at, seconds_per_step)
+    by_share = share_of_steps(prefix.share, steps) == branch_at
+    starts = None if by_share else (0, branch_at)
+    return _job(row, options, around, steps, branch=donor, branch_at=branch_at, phase_starts=starts)
+
+
+def prefix_wanted(job: TrainJob, seconds_per_step: SecondsPerStep) -> int | None:
+    """Return after how many steps another row of the grid branches off this one, or None."""
+    if job.branch is not None:
+        return None
+    spec, layers = job.around.spec, job.around.model.num_layers
+    for row in spec.rows():
+        need = room_options(row.cell.method).model_validate(row.cell.options).requirements(layers).prefix
+        if need is not None and need.cell == job.cell and row.seed == job.seed:
+            return plan_job(row, job.around, seconds_per_step).branch_at
+    return None
+
+
+def _job(row: RowSpec, options: RoomOptions, around: Surroundings, steps: int, **branch: Any) -> TrainJob:
+    starts = branch.pop("phase_starts", None)
+    settings = TrainSettings.from_spec(
+        row.train.model_dump(),
+        steps=steps,
+        seed=row.seed,
+        dtype=around.dtype(row.train.dtype),
+        phase_starts=starts,
+    )
+    return TrainJob(
+        row_id=row.row_id,
+        cell=row.cell.name,
+        room=row.cell.method,
+        seed=row.seed,
+        options=options,
+        settings=settings,
+        around=around,
+        **branch,
+    )
+
+
+# -- budgets --------------------------------------------------------------------------------------------------------
+
+
+def _steps(job: TrainJob, seconds_per_step: SecondsPerStep) -> int:
+    spec, data = job.around.spec, job.around.data
+    if spec.budget is None:
+        assert spec.train.steps is not None
+        return spec.train.steps
+    kind = spec.budget.kind
+    cost = _cost(
+        job,
+        flops=job.options.cost_factor() * _unit_flops(job) if kind == "flops" else None,
+        seconds=seconds_per_step(job) if kind == "seconds" else None,
+    )
+    return steps_from_budget(kind, spec.budget.value, cost, num_sequences=data.num_train)
+
+
+def _branch_total(
+    job: TrainJob, donor: TrainJob, share: float, branch_at: int, seconds_per_step: SecondsPerStep
+) -> int:
+    """Return the total steps of a job that branches off: equal to the donor's where a step costs both the same."""
+    budget = job.around.spec.budget
+    if budget is None or budget.kind in ("tokens", "epochs"):
+        return _steps(job, seconds_per_step)
+    # the factor of a branching room is that of the whole run; what it leaves beyond the prefix is its own part
+    own = (job.options.cost_factor() - share * donor.options.cost_factor()) / (1.0 - share)
+    relative = own / donor.options.cost_factor()
+    cost = _cost(
+        job,
+        flops=own * _unit_flops(job),
+        seconds=relative * seconds_per_step(donor) if budget.kind == "seconds" else None,
+    )
+    return branch_steps(branch_at, share, budget.kind, budget.value, cost)
+
+
+def _cost(job: TrainJob, *, flops: float | None, seconds: float | None) -> StepCost:
+    size = job.settings.batch_size
+    tokens = size * job.around.data.mean_response_tokens
+    return StepCost(sequences=size, response_tokens=tokens, flops=flops, seconds=seconds)
+
+
+def _unit_flops(job: TrainJob) -> float:
+    """Return FLOPs of one masked-CE step over the batch; half of the response rows reach the head of a denoiser."""
+    data = job.around.data
+    size = job.settings.batch_size
+    shape = ModelShape.from_config(read_config(Path(job.around.model.path)))
+    scored = size * data.mean_response_tokens * (1.0 if job.options.capabilities().causal else 0.5)
+    return 3.0 * shape.forward_flops(size * data.length, data.length, scored)
+
+
+def covering_anchors(job: TrainJob) -> AnchorArtifact | None:
+    """Return anchors that hold all the job reads, computing what a budget's estimate left out."""
+    from steps.cache_anchors import cover_anchors
+
+    around, need = job.around, job.requirements.anchors
+    if need is None or around.anchors is None:
+        return None
+    wanted = set(job.samples())
+    if wanted <= set(around.anchors.sample_ids):
+        return around.anchors
+    union = AnchorNeed(layers=around.anchors.layers, positions=around.anchors.positions)  # type: ignore[arg-type]
+    samples = sorted(wanted | set(around.anchors.sample_ids))
+    return cover_anchors(around.spec, union, samples, around.model, around.data, around.ctx)
