@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import _report
@@ -206,6 +207,7 @@ def table(results: list[dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; return the exit status."""
     args = arguments(argv)
+    logging.disable_progress_bar()
     if args.threads:
         torch.set_num_threads(args.threads)
     try:

@@ -6,6 +6,7 @@ what is new. A cache entry says which sequences, rows and layers a grid needs; a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -24,6 +25,7 @@ from dllm_core.training.budget import StepCost, steps_from_budget
 from params.schema import GridSpec
 from steps.cache.closure import closure
 from steps.cache.key import library_versions
+from steps.cache.store import MANIFEST, USED, write_json
 from steps.context import Context
 from steps.costs import planned_steps
 from steps.estimates import ModelShape
@@ -181,6 +183,7 @@ def cover_anchors(
         label=f"{len(wanted)} sequences x {len(need.layers)} layers",
     )
     result, hit = entry.result, entry.hit
+    work.mark_store()
     if hit and (absent := work.absent(entry.path)):
         ctx.log(f"anchors: {absent} of {len(wanted)} chunks are no longer in {files.root}: computing them again")
         result, hit = {**result, **work.fill()}, False
@@ -234,6 +237,17 @@ class _Work:
         needed: dict[str, Ranges] = result.pop("needed")
         (payload / "needed.json").write_text(json.dumps(needed))
         return result
+
+    def mark_store(self) -> None:
+        """Make the store an entry that `python -m steps.cache` lists by name and clears by last use."""
+        home = self.files.root.parent
+        home.mkdir(parents=True, exist_ok=True)
+        if not (home / MANIFEST).exists():
+            told = {"key": home.name, "kind": home.parent.name, "label": f"hidden states of {self.model.source}"}
+            told |= {"run_id": self.ctx.run_id, "created": time.time(), "seconds": 0.0}
+            write_json(home / MANIFEST, {**told, "material": {}, "result": {}, "files": {}})
+        with contextlib.suppress(OSError):  # a store that can only be read still serves
+            (home / USED).touch()
 
     def absent(self, payload: Path) -> int:
         """Count chunks of an old entry that are gone or damaged; imports nothing heavy."""

@@ -34,7 +34,7 @@ class View:
         noisy_RL: token ids with mask tokens in place, int64.
         masked_RL: bool; tokens to predict. Mask tokens outside it carry no loss.
         ce_RL: weight of the cross-entropy of a token.
-        accuracy_RL: weight of "the most probable token is right", for the log.
+        log_RL: weight of a token in what is logged (cross-entropy, accuracy): a plain mean, whatever the loss makes of it.
         path_RL: weight of sg(p) * cross-entropy; None for rooms or settings without it.
         entropy_RL: weight of the entropy on tokens that are right; None for rooms without it.
         entropy_temperature: of that entropy.
@@ -46,7 +46,7 @@ class View:
     noisy_RL: Tensor
     masked_RL: Tensor
     ce_RL: Tensor
-    accuracy_RL: Tensor
+    log_RL: Tensor
     path_RL: Tensor | None = None
     entropy_RL: Tensor | None = None
     entropy_temperature: float = 1.0
@@ -96,6 +96,7 @@ class TokenSpaceMethod(SingleNetworkMethod):
         ce_M = view.ce_RL[masked_RL]
         path_M = None if view.path_RL is None else view.path_RL[masked_RL]
         entropy_M = None if view.entropy_RL is None else view.entropy_RL[masked_RL]
+        log_M = view.log_RL[masked_RL]
         losses = token_losses(
             gather_rows(hidden_RLD, self.predictor_rows(masked_RL)),
             self.backbone.head_weight_VD,
@@ -107,8 +108,8 @@ class TokenSpaceMethod(SingleNetworkMethod):
             blocked_V=self.backbone.blocked_V,
         )
         parts: dict[str, Tensor | float] = {
-            "ce_nats": (ce_M * losses.nll_M).sum(),
-            "masked_accuracy": (view.accuracy_RL[masked_RL] * losses.correct_M).sum(),
+            "ce_nats": (log_M * losses.nll_M).sum(),
+            "masked_accuracy": (log_M * losses.correct_M).sum(),
         }
         if path_M is not None:
             parts["path_nats"] = (path_M * torch.exp(-losses.nll_M) * losses.nll_M).sum()

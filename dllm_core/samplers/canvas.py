@@ -37,7 +37,11 @@ class Canvas:
         Args:
             prompts: int64 [B, L] or 1-D tensors.
             max_new_tokens: places to fill after each prompt.
+
+        Raises:
+            DllmError: no prompt, or one that is not 1-D.
         """
+        _check_rows(prompts)
         rows = [torch.cat((p, p.new_zeros(max_new_tokens))) for p in prompts]
         fixed = [torch.arange(len(row)) < len(p) for row, p in zip(rows, prompts, strict=True)]
         return cls._padded(rows, fixed)
@@ -51,8 +55,9 @@ class Canvas:
             infill_mask: bool, the same shapes.
 
         Raises:
-            DllmError: the shapes differ.
+            DllmError: no row, one that is not 1-D, or shapes that differ.
         """
+        _check_rows(rows)
         shapes = [tuple(r.shape) for r in rows], [tuple(m.shape) for m in infill_mask]
         if shapes[0] != shapes[1]:
             raise DllmError(
@@ -115,4 +120,14 @@ class Canvas:
             raise DllmError(
                 f"Row {row} has no token at position 0, and with shifted alignment nothing predicts it.",
                 "Begin every row with a given token, such as BOS or one token of the prompt.",
+            )
+
+
+def _check_rows(rows: Tensor | Sequence[Tensor]) -> None:
+    if len(rows) == 0:
+        raise DllmError("There is no row to decode.", "Give at least one sequence of token ids.")
+    for i, row in enumerate(rows):
+        if row.dim() != 1:
+            raise DllmError(
+                f"Row {i} has shape {tuple(row.shape)}, not one dimension.", "Give int64 [batch, length] or 1-D rows."
             )

@@ -147,6 +147,7 @@ def _first_above(cumulative_MN: Tensor, target_M: Tensor) -> tuple[Tensor, Tenso
     """Return the first index whose cumulative value exceeds the target, the value before it, and the target used."""
     total_M = cumulative_MN[:, -1]
     target_M = target_M.clamp(min=0).minimum(total_M.nextafter(torch.zeros_like(total_M)))
-    index_M1 = torch.searchsorted(cumulative_MN, target_M[:, None], right=True)
+    # a row of nan (a diverged model) has nothing above its target: index 0 then, which is a real token
+    index_M1 = torch.searchsorted(cumulative_MN, target_M[:, None], right=True) % cumulative_MN.shape[1]
     below_M = F.pad(cumulative_MN, (1, 0)).gather(1, index_M1)[:, 0]
     return index_M1[:, 0], below_M, target_M

@@ -237,7 +237,7 @@ def loss_curve(metrics_path: Path) -> list[dict[str, float]]:
         if "train/loss" not in entry:
             continue
         point = {"step": float(entry["step"]), "loss": entry["train/loss"]}
-        ce = entry.get("train/ce_nats_per_token")
+        ce = entry.get("train/ce_nats")
         points[int(entry["step"])] = point if ce is None else {**point, "ce": ce}
     ordered = [points[s] for s in sorted(points)]
     stride = max(1, -(-len(ordered) // MAX_CURVE_POINTS))

@@ -22,6 +22,7 @@ from dllm_core.data.sequences import SequenceSet
 from dllm_core.errors import DataError, ResourceError, StoreError
 from dllm_core.methods.requirements import AnchorNeed
 from params.schema import GridSpec
+from steps.cache import upkeep
 from steps.cache_anchors import AnchorArtifact, cache_anchors, cover_anchors, presented_samples
 from steps.context import Context
 from steps.plan_rows import plan_rows
@@ -168,6 +169,7 @@ from params.schema import GridSpec
 from steps.prepare_model import ModelArtifact
 from steps.context import Context
 from steps.prepare_data import prepare_data
+from steps.cache import upkeep
 from steps.cache_anchors import cache_anchors
 spec, model = GridSpec.model_validate_json(told["spec"]), ModelArtifact(**told["model"])
 ctx = Context(run_id="run2", runs_dir=Path(told["runs"]))
@@ -288,6 +290,20 @@ def test_lost_and_damaged_chunks_are_computed_again(
         old = len(contents[path]) - int.from_bytes(contents[path][:8], "little")
         new = path.read_bytes()
         assert new[-old + 8 :] == contents[path][-old + 8 :]
+    assert cache_anchors(spec, model, data, context("run3")).hit
+
+
+def test_the_store_is_listed_and_cleared_like_an_entry(
+    spec: GridSpec, model: ModelArtifact, context: Callable[..., Context]
+) -> None:
+    ctx = context()
+    data, first = run_both(spec, model, ctx)
+    (stored,) = (e for e in upkeep.entries(ctx.cache) if e.home.parent.name == "anchors-store")
+    assert stored.name == "anchors-store/hidden states of tiny"
+    assert stored.size >= first.num_bytes
+    assert upkeep.remove(ctx.cache, stored)
+    assert not Path(first.store_dir).exists()
+    assert not cache_anchors(spec, model, data, context("run2")).hit
     assert cache_anchors(spec, model, data, context("run3")).hit
 
 

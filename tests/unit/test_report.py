@@ -59,7 +59,7 @@ def summary() -> dict[str, Any]:
 @pytest.fixture
 def report(tmp_path: Path) -> Any:
     metrics = tmp_path / "metrics.jsonl"
-    lines = [{"step": i, "train/loss": 9.0 - 0.1 * i, "train/ce_nats_per_token": 8.0 - 0.1 * i} for i in range(10)]
+    lines = [{"step": i, "train/loss": 9.0 - 0.1 * i, "train/ce_nats": 8.0 - 0.1 * i} for i in range(10)]
     metrics.write_text("\n".join(json.dumps(line) for line in lines))
 
     def row(name: str, method: str, nats: float, **more: Any) -> RowResult:

@@ -43,7 +43,7 @@ class Method(TokenSpaceMethod):
             masked_RL=corrupted.masked_BL,
             ce_RL=mean_BL,
             path_RL=path_BL,
-            accuracy_RL=mean_BL,
+            log_RL=mean_BL,
         )
 
     def loss(self, corrupted: Corrupted, totals: dict[str, float], info: StepInfo, resources: Resources) -> LossOutput:

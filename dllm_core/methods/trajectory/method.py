@@ -181,7 +181,7 @@ class Method(ReprAlignMethod):
             noisy_RL=self.mask(batch, masked_RL | extras["after_BL"][source_R]),
             masked_RL=masked_RL,
             ce_RL=ce_RL,
-            accuracy_RL=block_mean_BL[source_R] * masked_RL,
+            log_RL=block_mean_BL[source_R] * masked_RL,
             path_RL=options.path_weight * mean_RL * random_R1 if options.path_weight else None,
             entropy_RL=entropy_RL if options.entropy_weight else None,
             entropy_temperature=options.entropy_temperature,
