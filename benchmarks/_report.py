@@ -90,7 +90,10 @@ def header(name: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "benchmark": name,
-        "command": " ".join(["python", f"benchmarks/{name}.py", *sys.argv[1:]]),
+        # a record is committed: what it names must exist elsewhere too
+        "command": " ".join(
+            ["python", f"benchmarks/{name}.py", *(Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:])]
+        ),
         **commit(),
         "seed": seed,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

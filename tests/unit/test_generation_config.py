@@ -1,0 +1,96 @@
+"""Generation settings: what is accepted, what is refused and how."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from dllm_core.errors import DllmError
+from dllm_core.samplers.acceptance import RULES
+from dllm_core.samplers.config import (
+    SAMPLERS,
+    ConfidenceSamplerConfig,
+    DiffusionGenerationConfig,
+    ThresholdSamplerConfig,
+)
+
+
+@pytest.mark.parametrize("rule", SAMPLERS)
+def test_round_trip_through_json(rule: str) -> None:
+    config = DiffusionGenerationConfig(
+        max_new_tokens=7, sampler_config=rule, top_p=0.9, eos_token_id=[1, 2], block_size=4
+    )
+    assert DiffusionGenerationConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert copy.deepcopy(config) == config
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_rules_can_be_named_in_three_ways() -> None:
+    ways: tuple[Any, ...] = (
+        ThresholdSamplerConfig(threshold=0.7),
+        {"name": "threshold", "threshold": 0.7},
+    )
+    for way in ways:
+        assert DiffusionGenerationConfig(sampler_config=way).sampler_config == ways[0]
+    assert DiffusionGenerationConfig(sampler_config="confidence").sampler_config == ConfidenceSamplerConfig()
+    assert set(RULES) == set(SAMPLERS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem", "remedy"),
+    [
+        ({"max_new_tokns": 3}, "Unknown generation setting 'max_new_tokns'", "max_new_tokens"),
+        ({"sampler_config": "confidnce"}, "Unknown sampler 'confidnce'", "Did you mean 'confidence'"),
+        ({"sampler_config": {"name": "threshold", "treshold": 1}}, "setting 'treshold'", "threshold"),
+        ({"sampler_config": {"name": "threshold", "threshold": 0}}, "threshold=0", "(0, 1]"),
+        ({"sampler_config": {}}, "Unknown sampler None", "Known"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0", "at least 1"),
+        ({"max_new_tokens": None}, "max_new_tokens=None", "at least 1"),
+        ({"max_denoising_steps": 0}, "max_denoising_steps=0", "at least 1"),
+        ({"max_denoising_steps": 2.0}, "max_denoising_steps=2.0", "at least 1"),
+        ({"block_size": -1}, "block_size=-1", "at least 1"),
+        ({"top_k": 0}, "top_k=0", "at least 1"),
+        ({"top_p": 1.5}, "top_p=1.5", "(0, 1]"),
+        ({"temperature": -0.1}, "temperature=-0.1", ">= 0"),
+        ({"temperature": float("nan")}, "temperature=nan", ">= 0"),
+        ({"temperature": "hot"}, "temperature='hot'", ">= 0"),
+        ({"seed": "x"}, "seed='x'", "integer"),
+        ({"eos_token_id": -1}, "eos_token_id=-1", ">= 0"),
+    ],
+)
+def test_bad_settings_are_refused_in_two_lines(settings: dict[str, Any], problem: str, remedy: str) -> None:
+    with pytest.raises(DllmError) as caught:
+        DiffusionGenerationConfig(**settings)
+    first, second = str(caught.value).split("\n")
+    assert problem in first
+    assert remedy in second
+
+
+def test_fewer_steps_than_blocks_are_refused() -> None:
+    config = DiffusionGenerationConfig(max_denoising_steps=3, block_size=8)
+    config.require_steps(24)
+    with pytest.raises(DllmError, match="too few for 4 blocks of 8"):
+        config.require_steps(25)
+
+
+def test_settings_import_no_torch() -> None:
+    code = "import sys, dllm_core.samplers.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_request_maps_onto_the_config() -> None:
+    from dllm_core.methods.protocol import SamplingRequest
+
+    request = SamplingRequest(
+        max_new_tokens=9, num_steps=3, temperature=0.5, seed=4, stop_at_eos=True, block_size=5, record_history=True
+    )
+    config = DiffusionGenerationConfig.from_request(request, "entropy")
+    assert (config.max_new_tokens, config.max_denoising_steps, config.temperature) == (9, 3, 0.5)
+    assert (config.seed, config.stop_at_eos, config.block_size, config.record_history) == (4, True, 5, True)
+    assert config.sampler_config.name == "entropy"
