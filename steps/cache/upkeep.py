@@ -12,7 +12,7 @@ from typing import Any
 
 from dllm_core.errors import DllmError
 from steps.cache.key import flatten
-from steps.cache.store import USED, StepCache, age, damage_of, read_manifest
+from steps.cache.store import MANIFEST, USED, StepCache, age, damage_of, read_manifest
 from steps.locks import hold_if_free
 
 DIFFERENCES_SHOWN = 30
@@ -41,7 +41,9 @@ class Stored:
     @property
     def name(self) -> str:
         """`kind/label`, for people."""
-        return f"{self.home.parent.name}/{self.manifest['label'] if self.manifest else '?'}"
+        if not (self.home / MANIFEST).exists():
+            return f"{self.home.parent.name} (shared by entries)"
+        return f"{self.home.parent.name}/{self.manifest['label'] if self.manifest else '? (manifest unreadable)'}"
 
 
 def entries(cache: StepCache) -> list[Stored]:
@@ -55,7 +57,7 @@ def entries(cache: StepCache) -> list[Stored]:
         except (OSError, ValueError):
             manifest = None
         mark = home / USED
-        used = (mark if mark.exists() else home).stat().st_mtime
+        used = mark.stat().st_mtime if mark.exists() else max(p.stat().st_mtime for p in [home, *home.rglob("*")])
         found.append(Stored(home, manifest, _size(home), used))
     return sorted(found, key=lambda e: -e.used)
 
@@ -85,10 +87,9 @@ def listing(cache: StepCache) -> Iterator[str]:
     for entry in entries(cache):
         total += entry.size
         manifest = entry.manifest or {"run_id": "?", "seconds": 0.0}
-        state = "" if entry.manifest else "  (manifest unreadable)"
         yield (
             f"{entry.home.name}  {show_size(entry.size):>9}  used {age(entry.used):<15} "
-            f"took {manifest['seconds']:8.1f} s  run {manifest['run_id']}  {entry.name}{state}"
+            f"took {manifest['seconds']:8.1f} s  run {manifest['run_id']}  {entry.name}"
         )
     yield f"{show_size(total)} in {cache.runs_dir / 'cache'}"
 
@@ -133,7 +134,8 @@ def why(cache: StepCache, prefix: str) -> Iterator[str]:
         yield f"the only entry of kind {entry.home.parent.name}; its key is made of:"
         yield from (f"  {name} = {_short(value)}" for name, value in sorted(ours.items()))
         return
-    nearest = min(others, key=lambda e: (len(differences(ours, _material(e))), -e.used))
+    # what the user means to compare with is the last attempt at the same thing
+    nearest = min(others, key=lambda e: (e.name != entry.name, len(differences(ours, _material(e))), -e.used))
     changed = differences(ours, _material(nearest))
     yield f"nearest: {nearest.home.name}  {nearest.name}, {age(nearest.manifest['created'])}; it differs in:"
     for name, before, now in changed[:DIFFERENCES_SHOWN]:

@@ -52,6 +52,13 @@ def test_ls_shows_entries_and_their_sum(cache: StepCache, capsys: pytest.Capture
     assert total.endswith(f" KB in {cache.runs_dir / 'cache'}")
 
 
+def test_ls_shows_a_store_that_entries_share(cache: StepCache, capsys: pytest.CaptureFixture[str]) -> None:
+    (cache.runs_dir / "cache" / "anchors-store" / "0123").mkdir(parents=True)
+    (cache.runs_dir / "cache" / "anchors-store" / "0123" / "chunk").write_bytes(b"x" * 500)
+    assert run(cache, "ls") == 0
+    assert "anchors-store (shared by entries)" in capsys.readouterr().out
+
+
 def test_empty_cache_can_be_listed(cache: StepCache, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(cache, "ls") == 0
     assert capsys.readouterr().out.startswith("0 B in")
@@ -63,6 +70,7 @@ def test_why_names_the_fields_that_differ_from_the_nearest(
     put(cache, "a", train={"lr": 0.9, "steps": 9})
     near = put(cache, "a", train={"lr": 0.1, "steps": 4})
     put(cache, "a", kind="other")
+    put(cache, "b")  # one field away, but another row
     entry = put(cache, "a")
     assert run(cache, "why", entry.key[:8]) == 0
     out = capsys.readouterr().out
