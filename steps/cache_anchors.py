@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,19 +18,18 @@ from typing import TYPE_CHECKING, Any
 from dllm_core.backbone.sources import read_config
 from dllm_core.data import anchor_files
 from dllm_core.data.anchor_files import AnchorFiles, Ranges, readable_bytes
-from dllm_core.data.order import SampleOrder
 from dllm_core.methods.requirements import AnchorNeed
-from dllm_core.training.budget import StepCost, steps_from_budget
 from params.schema import GridSpec
 from steps.cache.closure import closure
 from steps.cache.key import library_versions
 from steps.cache.store import MANIFEST, USED, write_json
 from steps.context import Context
-from steps.costs import planned_steps
+from steps.costs import step_flops
 from steps.estimates import ModelShape
 from steps.machine import Machine, probe
-from steps.plan_rows import PlannedRow, plan_rows, shared_work
+from steps.plan_rows import plan_rows, shared_work
 from steps.progress import duration
+from steps.training_plan import Surroundings, TrainJob, plan_job
 
 if TYPE_CHECKING:
     from dllm_core.data.anchors import AnchorStore
@@ -41,7 +39,7 @@ if TYPE_CHECKING:
 LIBRARIES = ("torch", "transformers")
 TOKENS_PER_BATCH = 2048
 ESTIMATE_MARGIN = 1.25
-"""Sequences beyond the estimate that a budget in seconds or FLOPs gets: its steps are only known once measured."""
+"""A budget in seconds is covered for a machine this much faster than the estimate."""
 WORST_ERROR = 0.3
 """Standard deviations; stored states further off than this are not those of this model (bf16: 0.02, int8: 0.1)."""
 
@@ -104,45 +102,31 @@ def cache_anchors(spec: GridSpec, model: ModelArtifact, data: DataArtifact, ctx:
         StoreError: an 8-bit store for rows that need whole states.
         ResourceError: the disk is too small.
     """
-    rows, donors = plan_rows(spec, model.num_layers)
-    need = shared_work(rows, donors).anchors
+    need = shared_work(*plan_rows(spec, model.num_layers)).anchors
     if need is None:
         return None
+    return cover_anchors(spec, need, presented_samples(spec, model, data, ctx), model, data, ctx)
+
+
+def presented_samples(spec: GridSpec, model: ModelArtifact, data: DataArtifact, ctx: Context) -> tuple[int, ...]:
+    """Return the training sequences that the rows that read anchors see within their steps, for all seeds.
+
+    A budget in seconds is turned into steps by measuring them, which needs anchors: here it is estimated, with a
+    margin, and a row computes what is then still missing.
+    """
+    around = Surroundings(spec=spec, model=model, data=data, anchors=None, ctx=ctx)
+    rows, donors = plan_rows(spec, model.num_layers)
+    by_cell = {row.cell: row for row in (*rows, *donors.values())}
     shape = ModelShape.from_config(read_config(Path(model.path)))
     machine = probe(spec.runtime.device, spec.runtime.threads)
+
+    def estimate(job: TrainJob) -> float:
+        flops = step_flops(spec, by_cell[job.cell], shape)
+        return machine.seconds(flops, 1, machine.dtype(job.settings.dtype)) / ESTIMATE_MARGIN
+
     readers = [row for row in rows if row.requirements.anchors is not None]
-    samples = presented_samples(readers, data.num_train, lambda row: _steps(spec, row, shape, data, machine))
-    return cover_anchors(spec, need, samples, model, data, ctx)
-
-
-def presented_samples(
-    rows: Iterable[PlannedRow], num_train: int, steps_of: Callable[[PlannedRow], int]
-) -> tuple[int, ...]:
-    """Return the training sequences that rows see within their steps, in the common order of their seeds.
-
-    A row that trains on commit orders loops over a subset that begins where it branches off; the subset may reach
-    further into the order than the steps do.
-    """
-    found: set[int] = set()
-    for row in rows:
-        steps, size = steps_of(row), row.train.batch_size
-        count = steps * size
-        orders, prefix = row.requirements.trajectories, row.requirements.prefix
-        if orders is not None:
-            branch = math.ceil(steps * (prefix.share if prefix else 0.0)) * size
-            count = max(count, branch + orders.responses)
-        found.update(SampleOrder(num_train, row.seed).presented(count))
-    return tuple(sorted(found))
-
-
-def _steps(spec: GridSpec, row: PlannedRow, shape: ModelShape, data: DataArtifact, machine: Machine) -> int:
-    if spec.budget is None:
-        return row.train.steps or 0
-    if spec.budget.kind in ("tokens", "epochs"):
-        size = row.train.batch_size
-        cost = StepCost(sequences=size, response_tokens=size * data.mean_response_tokens)
-        return steps_from_budget(spec.budget.kind, spec.budget.value, cost, num_sequences=data.num_train)
-    return math.ceil(ESTIMATE_MARGIN * planned_steps(spec, row, shape, data.num_train, machine))
+    jobs = [plan_job(spec.row_spec(row.cell, row.seed), around, estimate) for row in readers]
+    return tuple(sorted({sample for job in jobs for sample in job.samples()}))
 
 
 def cover_anchors(

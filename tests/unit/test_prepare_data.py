@@ -21,11 +21,11 @@ from dllm_core.data.order import SampleOrder
 from dllm_core.data.sequences import SequenceSet
 from dllm_core.errors import DataError, ResourceError, StoreError
 from dllm_core.methods.requirements import AnchorNeed
+from dllm_core.methods.trajectory.subset import subset
 from params.schema import GridSpec
 from steps.cache import upkeep
 from steps.cache_anchors import AnchorArtifact, cache_anchors, cover_anchors, presented_samples
 from steps.context import Context
-from steps.plan_rows import plan_rows
 from steps.prepare_data import DataArtifact, prepare_data
 from steps.prepare_model import ModelArtifact
 from tests.tiny import NUM_TOKENS, write_source
@@ -240,36 +240,33 @@ def test_a_larger_budget_or_another_layer_computes_only_what_is_new(
     assert cache_anchors(spec, model, data, context("run3")).hit
 
 
-def test_two_seeds_need_the_sequences_of_both(text_dir: Path, model: ModelArtifact) -> None:
+def test_two_seeds_need_the_sequences_of_both(
+    text_dir: Path, model: ModelArtifact, context: Callable[..., Context]
+) -> None:
+    overrides = {"train.batch_size": "4", "data.prompt_tokens": "8", "data.response_tokens": "32"}
     spec = params.load(
-        "laptop",
-        cells=["random_mask", "repr_align_4"],
-        overrides=["train.batch_size=4"],
-        seeds=[0, 1],
-        data=str(text_dir),
+        "laptop", cells=["random_mask", "repr_align_4"], overrides=overrides, seeds=[0, 1], data=str(text_dir)
     )
-    rows, _ = plan_rows(spec, 2)
-    readers = [r for r in rows if r.requirements.anchors]
-    assert len(readers) == 2
-    found = presented_samples(readers, 100, lambda row: 3)
-    expected = {SampleOrder(100, seed)[i][0] for seed in (0, 1) for i in range(12)}
-    assert set(found) == expected
-    assert presented_samples(readers, 100, lambda row: 30) == tuple(range(100))
+    data = replace(prepare_data(make_spec(text_dir), model, context()), num_train=1000, mean_response_tokens=32.0)
+    for budget, steps in ((320, 3), (384, 3), (385, 4)):
+        planned = spec.model_copy(update={"budget": spec.budget.model_copy(update={"value": float(budget)})})
+        expected = {SampleOrder(1000, seed)[i][0] for seed in (0, 1) for i in range(steps * 4)}
+        assert set(presented_samples(planned, model, data, context())) == expected
+    everything = spec.model_copy(update={"budget": spec.budget.model_copy(update={"value": 1e6})})
+    assert presented_samples(everything, model, data, context()) == tuple(range(1000))
 
 
-def test_the_looped_subset_of_a_trajectory_row_is_covered(text_dir: Path) -> None:
-    from dllm_core.methods.trajectory.subset import subset
-
-    spec = params.load("laptop", cells=["repr_align_trajectory"], overrides=["train.batch_size=4"], data=str(text_dir))
-    rows, _ = plan_rows(spec, 2)
-    (row,) = (r for r in rows if r.requirements.trajectories)
-    for steps in (1, 7, 20):
-        found = set(presented_samples([row], 100, lambda _, steps=steps: steps))
-        share, responses = row.requirements.prefix.share, row.requirements.trajectories.responses
-        for branch in (int(steps * share), round(steps * share), -int(-steps * share // 1)):
-            order = SampleOrder(100, row.seed)
-            presented = {order[i][0] for i in range(branch * 4)}
-            assert presented | {s for s, _ in subset(order, branch * 4, responses)} <= found
+def test_the_looped_subset_of_a_trajectory_row_is_covered(
+    text_dir: Path, model: ModelArtifact, context: Callable[..., Context]
+) -> None:
+    options = {"commit_steps": "4", "extraction_block": "16", "responses": "30"}
+    overrides = {f"cells.repr_align_trajectory.options.{name}": value for name, value in options.items()}
+    spec = make_spec(text_dir, ["repr_align_trajectory"], **overrides)
+    data = replace(prepare_data(make_spec(text_dir), model, context()), num_train=1000)
+    order = SampleOrder(1000, 0)
+    # 5 steps of 4, branch after 2 of them, then 30 different responses
+    expected = {order[i][0] for i in range(2 * 4)} | {s for s, _ in subset(order, 2 * 4, 30)}
+    assert set(presented_samples(spec, model, data, context())) == expected
 
 
 def test_lost_and_damaged_chunks_are_computed_again(
