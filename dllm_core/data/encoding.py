@@ -95,7 +95,10 @@ def _conversation(messages: Sequence[dict[str, str]], tokenizer: Any) -> tuple[s
         prompt = tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template(list(messages), tokenize=False)
         if whole.startswith(prompt):
-            return prompt, whole[len(prompt) :], True
+            response, end = whole[len(prompt) :], tokenizer.eos_token
+            closed = end is not None and response.rstrip().endswith(end)
+            # a template's line break after the end is no part of the answer
+            return prompt, response.rstrip() if closed else response, True
         return prompt, last["content"], False  # a template that rewrites earlier turns when another follows
     prompt = "".join(f"{turn['role']}: {turn['content']}\n\n" for turn in before)
     return f"{prompt}{last['role']}: ", last["content"], False

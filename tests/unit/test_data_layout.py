@@ -235,7 +235,7 @@ MESSAGES = (
     {"role": "assistant", "content": "So."},
 )
 TEMPLATE = (
-    "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|end|>{% endfor %}"
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 
@@ -244,7 +244,7 @@ def test_conversations_use_the_chat_template() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
     (document,) = encode([Record("a", messages=MESSAGES)], tokenizer)
-    before = "[user]Hi<|end|>[assistant]Yes?<|end|>[user]Why<|end|>[assistant]"
+    before = "[user]Hi<|end|>\n[assistant]Yes?<|end|>\n[user]Why<|end|>\n[assistant]"
     assert decoded(document, tokenizer) == (before, "So.<|end|>")
     assert document.ids_T[-1] == tokenizer.eos_token_id
     assert document.ids_T.tolist().count(tokenizer.eos_token_id) == 4, "template markers are special tokens, not text"
