@@ -79,13 +79,9 @@ def propose(
 
 
 def _most_probable(backbone: Backbone, hidden_MD: Tensor, needs: frozenset[str]) -> Proposal:
-    stats = token_stats.stats(
-        hidden_MD,
-        backbone.head_weight_VD,
-        backbone.blocked_V,
-        second="margin" in needs,
-        entropy="entropy" in needs,
-    )
+    # real tokens come first in the table: leaving the others out costs less than masking them
+    real_WD = backbone.head_weight_VD[: backbone.contract.num_tokens]
+    stats = token_stats.stats(hidden_MD, real_WD, second="margin" in needs, entropy="entropy" in needs)
     margin_M = None
     if stats.second_logprob_M is not None:
         margin_M = stats.top_logprob_M.exp() - stats.second_logprob_M.exp()

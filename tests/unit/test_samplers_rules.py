@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dllm_core.backbone.backbone import Backbone
+from dllm_core.backbone.contract import Contract
 from dllm_core.samplers.acceptance import Draft, acceptance_rule, best_candidates
 from dllm_core.samplers.config import SAMPLERS, DiffusionGenerationConfig, sampler_config
 from dllm_core.samplers.denoise import invert_cdf, propose
@@ -21,10 +22,11 @@ class Head:
 
     def __init__(self, rows: int, num_tokens: int) -> None:
         self.head_weight_VD = torch.eye(rows)
-        self.blocked_V = torch.arange(rows) >= num_tokens
+        self.contract = Contract(mask_token_id=num_tokens, num_tokens=num_tokens)
 
     def logits(self, hidden_MD: Tensor) -> Tensor:
-        return F.linear(hidden_MD, self.head_weight_VD).masked_fill(self.blocked_V, -torch.inf)
+        blocked_V = torch.arange(len(self.head_weight_VD)) >= self.contract.num_tokens
+        return F.linear(hidden_MD, self.head_weight_VD).masked_fill(blocked_V, -torch.inf)
 
 
 def head(rows: int = 130, num_tokens: int = 97) -> Backbone:

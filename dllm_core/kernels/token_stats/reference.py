@@ -12,6 +12,9 @@ from torch import Tensor
 
 from dllm_core.kernels.dispatch import rows_per_chunk
 
+CACHED_ELEMENTS = 2**19
+"""fp32 numbers that are worked on together on a CPU: 2 MB."""
+
 
 class TokenStats(NamedTuple):
     """Statistics of M distributions at temperature 1.
@@ -54,24 +57,28 @@ def stats(
     argmax_M = torch.empty(num_rows, dtype=torch.long, device=device)
     top_M, second_M, entropy_M = (torch.empty(num_rows, device=device) for _ in range(3))
     step = chunk_rows or rows_per_chunk(weight_VD.shape[0], device.type)
+    # the product wants many rows at once; what follows wants a piece that stays in the CPU's cache
+    piece = step if device.type != "cpu" else max(1, CACHED_ELEMENTS // weight_VD.shape[0])
     for start in range(0, num_rows, step):
-        rows = slice(start, start + step)
-        logits_CV = (hidden_MD[rows] @ weight_VD.T).float()
-        if blocked_V is not None:
-            logits_CV.masked_fill_(blocked_V, -torch.inf)
-        best_C, argmax_M[rows] = logits_CV.max(-1)
-        if second:
-            at_C1 = argmax_M[rows][:, None]
-            logits_CV.scatter_(-1, at_C1, -torch.inf)
-            second_M[rows] = logits_CV.amax(-1) - best_C
-            logits_CV.scatter_(-1, at_C1, best_C[:, None])
-        # logits relative to the best one: log p(top) = -log sum exp
-        logits_CV.sub_(best_C[:, None])
-        p_CV = logits_CV.exp()
-        norm_C = p_CV.sum(-1)
-        top_M[rows] = -norm_C.log()
-        if entropy:
-            # 0 * -inf of blocked ids must be 0
-            weighted_C = p_CV.mul_(logits_CV.clamp_(min=torch.finfo(torch.float32).min)).sum(-1)
-            entropy_M[rows] = norm_C.log() - weighted_C / norm_C
+        logits_CV = hidden_MD[start : start + step] @ weight_VD.T
+        for offset in range(0, len(logits_CV), piece):
+            part_CV = logits_CV[offset : offset + piece].float()
+            rows = slice(start + offset, start + offset + len(part_CV))
+            if blocked_V is not None:
+                part_CV.masked_fill_(blocked_V, -torch.inf)
+            best_C, argmax_M[rows] = part_CV.max(-1)
+            if second:
+                at_C1 = argmax_M[rows][:, None]
+                part_CV.scatter_(-1, at_C1, -torch.inf)
+                second_M[rows] = part_CV.amax(-1) - best_C
+                part_CV.scatter_(-1, at_C1, best_C[:, None])
+            # logits relative to the best one: log p(top) = -log sum exp
+            part_CV.sub_(best_C[:, None])
+            p_CV = part_CV.exp() if entropy else part_CV.exp_()
+            norm_C = p_CV.sum(-1)
+            top_M[rows] = -norm_C.log()
+            if entropy:
+                # 0 * -inf of blocked ids must be 0
+                weighted_C = p_CV.mul_(part_CV.clamp_(min=torch.finfo(torch.float32).min)).sum(-1)
+                entropy_M[rows] = norm_C.log() - weighted_C / norm_C
     return TokenStats(argmax_M, top_M, top_M + second_M if second else None, entropy_M if entropy else None)
