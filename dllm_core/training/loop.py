@@ -142,7 +142,7 @@ class Trainer:
         saved_at = logged_at = time.monotonic()
         with torch.random.fork_rng(devices=[]), StopSignals() as signals:
             while step < stop:
-                row = self._step(step)
+                row = self.step(step)
                 step += 1
                 logged_at = self._tell(row, logged_at)
                 due = self.settings.checkpoint_every_s
@@ -157,7 +157,8 @@ class Trainer:
         self.optimiser.restore_fp32()
         return self._result(step)
 
-    def _step(self, step: int) -> Metrics:
+    def step(self, step: int) -> Metrics:
+        """Do 0-based optimiser step `step` and return its metrics; `run` does this and all that surrounds it."""
         started = time.perf_counter()
         settings = self.settings
         info = step_info(step, self.phases, self.starts, steps=settings.steps, batch_size=settings.batch_size)
