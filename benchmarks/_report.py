@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from dllm_core.hardware import describe
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -34,37 +35,16 @@ def commit() -> dict[str, Any]:
     return {"commit": _git("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
 
 
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def hardware() -> dict[str, Any]:
-    """Return what the numbers were measured on."""
-    found: dict[str, Any] = {
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": None,
-    }
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        driver = None
+    """Return what the numbers were measured on, the GPU's driver included."""
+    found = describe()
+    if found["gpu"] is not None:
+        query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         try:
-            query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-            driver = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.split()[0]
-        except (OSError, subprocess.SubprocessError, IndexError):
-            pass
-        found["gpu"] = {
-            "name": properties.name,
-            "memory_gb": round(properties.total_memory / 1e9, 1),
-            "driver": driver,
-            "cuda": torch.version.cuda,
-        }
+            out = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.split()
+        except (OSError, subprocess.SubprocessError):
+            out = []
+        found["driver"], found["cuda"] = next(iter(out), None), torch.version.cuda
     return found
 
 

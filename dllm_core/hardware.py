@@ -72,20 +72,24 @@ def peak_flops(kind: str, dtype: torch.dtype) -> float:
     a, b = (torch.randn(size, size, device=kind).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(10):  # the first one warms up; the best one is the least disturbed
-        _synchronise(kind)
+        synchronise(kind)
         start = time.perf_counter()
         a @ b
-        _synchronise(kind)
+        synchronise(kind)
         best = min(best, time.perf_counter() - start)
     return 2.0 * size**3 / best
 
 
-def peak_memory_gb(kind: str = "cpu") -> float:
-    """Return the most memory (GB, 1e9 bytes) this process has held: resident on a CPU, allocated on a GPU."""
+def memory_gb(where: torch.device | str = "cpu") -> tuple[float, float]:
+    """Return (now, peak) in GB (1e9 bytes): resident set of the process on a CPU, allocated on a GPU."""
+    kind = torch.device(where).type
     if kind == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
+        return torch.cuda.memory_allocated(where) / 1e9, torch.cuda.max_memory_allocated(where) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    statm = Path("/proc/self/statm")
+    now = int(statm.read_text().split()[1]) * resource.getpagesize() / 1e9 if statm.exists() else peak
+    return now, peak
 
 
 def describe() -> dict[str, Any]:
@@ -114,6 +118,7 @@ def _cpu_model() -> str:
     return names[0] if names else platform.machine()
 
 
-def _synchronise(kind: str) -> None:
-    if kind == "cuda":
+def synchronise(where: torch.device | str) -> None:
+    """Wait for the device, so that a clock read afterwards is right."""
+    if torch.device(where).type == "cuda":
         torch.cuda.synchronize()

@@ -21,7 +21,7 @@ from dllm_core.methods.registry import room_method
 from dllm_core.methods.tokenizer import load_tokenizer
 from dllm_core.training.checkpoint import checkpoint_path
 from dllm_core.training.loop import Callbacks, Trainer
-from dllm_core.training.meters import MetricsLog
+from dllm_core.training.metrics_log import MetricsLog
 from dllm_core.training.result import TrainResult
 
 if TYPE_CHECKING:

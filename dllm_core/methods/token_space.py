@@ -34,7 +34,7 @@ class View:
         noisy_RL: token ids with mask tokens in place, int64.
         masked_RL: bool; tokens to predict. Mask tokens outside it carry no loss.
         ce_RL: weight of the cross-entropy of a token.
-        log_RL: weight of a token in what is logged (cross-entropy, accuracy): a plain mean, whatever the loss makes of it.
+        log_RL: weight of a token in the logged cross-entropy and accuracy: a plain mean, whatever the loss does.
         path_RL: weight of sg(p) * cross-entropy; None for rooms or settings without it.
         entropy_RL: weight of the entropy on tokens that are right; None for rooms without it.
         entropy_temperature: of that entropy.

@@ -18,15 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dllm_core import hardware
 from dllm_core.corruption.noise import NoiseSource
 from dllm_core.data.batch import Batch
 from dllm_core.data.order import SampleOrder
 from dllm_core.data.sequences import SequenceSet
 from dllm_core.errors import ContractError, DllmError
+from dllm_core.hardware import memory_gb, synchronise
 from dllm_core.methods.protocol import Method, Resources, SamplingRequest, StepInfo
 from dllm_core.training.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, write_checkpoint
 from dllm_core.training.interrupt import StopSignals
-from dllm_core.training.meters import measured_peak_flops, memory_gb, synchronise
 from dllm_core.training.optimiser import MasterAdamW
 from dllm_core.training.result import Counters, TrainResult
 from dllm_core.training.schedule import check_starts, learning_rate_scale, phase_starts, step_info
@@ -107,7 +108,7 @@ class Trainer:
         self._prepare_method()
         self.device = next(method.parameters()).device
         dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
-        self.peak_flops = peak_flops or measured_peak_flops(self.device, dtype)
+        self.peak_flops = peak_flops or hardware.peak_flops(self.device.type, dtype)
 
     def _prepare_method(self) -> None:
         method, settings = self.method, self.settings

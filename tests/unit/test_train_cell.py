@@ -17,7 +17,7 @@ import params
 from dllm_core.backbone.conversion import convert
 from dllm_core.errors import DllmError
 from dllm_core.methods.cell import load_cell
-from dllm_core.training.meters import MetricsLog
+from dllm_core.training.metrics_log import MetricsLog
 from params.schema import GridSpec
 from steps.cache_anchors import AnchorArtifact, cache_anchors
 from steps.context import Context

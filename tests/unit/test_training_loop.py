@@ -13,7 +13,7 @@ from dllm_core.data.order import SampleOrder
 from dllm_core.errors import DllmError
 from dllm_core.methods.protocol import LossOutput
 from dllm_core.training.loop import Callbacks
-from dllm_core.training.meters import MetricsLog
+from dllm_core.training.metrics_log import MetricsLog
 from tests.training_toy import LENGTH, NUM, PROMPT, SETTINGS, ToyMethod, make_trainer, weights
 
 
