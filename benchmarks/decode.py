@@ -24,10 +24,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import _report
-import plain_loop
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import _report, plain_loop
 from dllm_core.backbone import ar_decode, conversion, sources
 from dllm_core.backbone.backbone import Backbone
 from dllm_core.corruption.noise import NoiseSource

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import decode, plain_loop
 from dllm_core.samplers.config import DiffusionGenerationConfig
 from dllm_core.samplers.loop import generate
 from tests.tiny import NUM_TOKENS, tiny_backbone, write_source
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-import decode
-import plain_loop
 
 
 @pytest.mark.parametrize("alignment", ["shifted", "same_position"])
