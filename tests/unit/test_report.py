@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from steps.report import RowResult, build
 from steps.report.compare import PerSequence, SeedSummary, paired_difference, ranking
+from steps.report.publish import publish, rewrite
 from steps.report.schema import Results
 from steps.report.tables import markdown_table
 
@@ -214,3 +215,26 @@ def test_schema_page_names_every_field() -> None:
     models = {"Results": schema, **schema["$defs"]}
     missing = [f"{m}.{f}" for m, s in models.items() for f in s["properties"] if f"`{f}`" not in page]
     assert not missing, missing
+
+
+def test_readme_block_is_made_from_the_results(report: Any, tmp_path: Path) -> None:
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "README.md").write_text("# before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
+    stored = publish(Path(report.results_path), tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "old" not in text
+    assert text.startswith("# before\n")
+    assert text.endswith("after\n")
+    row = next(line for line in text.splitlines() if line.startswith("| random_mask"))
+    assert [c.strip() for c in row.split("|")[2:5]] == ["5.50 ± 0.02", "bound", "100"]
+    assert f"]({stored.relative_to(tmp_path)})" in text
+    assert Results.model_validate_json(stored.read_text()).run_id == "run1"
+    picture = text.split("](")[1].split(")")[0]
+    assert (tmp_path / picture).stat().st_size > 5000
+
+
+def test_readme_has_the_markers_once() -> None:
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    assert "new numbers" in rewrite(readme, "new numbers")
+    with pytest.raises(ValueError, match="exactly once"):
+        rewrite("no markers", "x")
