@@ -29,6 +29,8 @@ SEED = 0
 AR = "ar"
 """Group of rows that write token by token, for which a number of steps means nothing."""
 LEAST_ROUNDS = 2
+LEAST_ROUNDS_OF_LONG = 4
+"""Long decodes get fewer rounds than `bench.rounds`, but no fewer than these."""
 ROOM_TO_WORK_BYTES = 1.5e9
 
 
@@ -228,7 +230,7 @@ def _measure(
         if machine.device == "cuda":
             torch.cuda.empty_cache()
 
-    rounds = rounds_for(work, max(LEAST_ROUNDS, bench.rounds))
+    rounds = rounds_for(work, max(LEAST_ROUNDS, bench.rounds), least=LEAST_ROUNDS_OF_LONG)
     if together:
         for entrant in entrants:
             _load(entrant, bench, model, dtype, machine.device)

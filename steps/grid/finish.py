@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -60,18 +59,10 @@ def plain(value: Any) -> Any:
 
 def hardware(run: GridRun) -> dict[str, Any]:
     """Describe this machine."""
-    from steps.machine import probe
+    from dllm_core.hardware import describe, device
 
-    machine = probe(run.spec.runtime.device, run.spec.runtime.threads)
-    return {
-        "device": machine.device,
-        "cpu": machine.name if machine.device == "cpu" else f"{machine.cores} CPU cores",
-        "gpu": machine.name if machine.device == "cuda" else None,
-        "cores": machine.cores,
-        "memory_gb": round(machine.memory_total / 1e9, 1),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-    }
+    found = describe()
+    return {"device": device(run.spec.runtime.device).type, **found}
 
 
 def report(run: GridRun, shared: Prepared, outcomes: Sequence[RowOutcome], bench: Any) -> ReportArtifact:

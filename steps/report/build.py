@@ -193,7 +193,7 @@ def _cost(train: dict[str, Any]) -> CostResult:
     return CostResult(
         response_tokens=train["response_tokens"],
         positions=train["positions"],
-        flops=train["flops"] + train.get("teacher_flops", 0.0),
+        flops=train["flops"],
         teacher_flops=train.get("teacher_flops", 0.0),
         train_s=train["wall_s"],
         extraction_s=train.get("extraction_s", 0.0),
@@ -246,7 +246,8 @@ def loss_curve(metrics_path: Path) -> list[dict[str, float]]:
 
 def render_markdown(results: Results, lines: Sequence[str], figure_names: Sequence[str]) -> str:
     """Return report.md."""
-    hardware = ", ".join(str(v) for v in (results.hardware.get("device"), results.hardware.get("cpu")) if v)
+    machine = results.hardware
+    hardware = ", ".join(str(v) for v in (machine.get("gpu"), machine.get("cpu"), _cores(machine)) if v)
     head = [
         f"# Grid {results.run_id}",
         "",
@@ -259,13 +260,19 @@ def render_markdown(results: Results, lines: Sequence[str], figure_names: Sequen
     ]
     sections = [
         ("Quality on held-out text", tables.quality_table(results), _QUALITY_NOTE),
+        ("Differences between rows", tables.comparison_table(results), _COMPARISON_NOTE),
         ("Speed", tables.speed_table(results), _SPEED_NOTE),
+        ("Speed ratios of rows that share one network", tables.tie_table(results), _TIE_NOTE),
         ("Cost", tables.cost_table(results), _COST_NOTE),
         ("Generated text", tables.frontier_table(results), _FRONTIER_NOTE),
     ]
-    body = [f"\n## {title}\n\n{table}\n\n{note}" for title, table, note in sections]
+    body = [f"\n## {title}\n\n{table}\n\n{note}" for title, table, note in sections if table.count("\n") > 1]
     pictures = [f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in figure_names]
     return "\n".join([*head, *body, "\n## Figures\n", *pictures, "\n## Samples\n", _samples(results)]) + "\n"
+
+
+def _cores(machine: dict[str, Any]) -> str | None:
+    return f"{machine['threads']} threads" if "threads" in machine else None
 
 
 _QUALITY_NOTE = (
@@ -273,10 +280,18 @@ _QUALITY_NOTE = (
     "bound under random-order unmasking; block NELBO: an upper bound under left-to-right blocks. A bound is not an "
     "exact value: the columns are not to be mixed."
 )
+_COMPARISON_NOTE = (
+    "First minus second, nats per token, ± one standard error, on the same held-out sequences and masks. Beyond 2 "
+    "standard errors a difference is more than evaluation noise; whether another training seed would give it again is not known."
+)
+_TIE_NOTE = (
+    "Paired by round. A tie is an interval within ±3 %; overlap alone proves nothing, and under 6 rounds nothing is "
+    "resolved."
+)
 _SPEED_NOTE = "Batch 1, fixed length, EOS ignored, all rows interleaved in one process; median [95 % interval]."
 _COST_NOTE = (
-    "tokens: response tokens presented. positions: token positions forwarded, further views included. Extraction: "
-    "anchors and trajectories a row reads, at their stand-alone cost, charged to every row that reads them."
+    "tokens: response tokens presented. TFLOP: all of it, teacher and extraction included. positions: token positions "
+    "forwarded, further views included. Extraction: anchors and trajectories a row reads, at their stand-alone cost, charged to every row that reads them."
 )
 _FRONTIER_NOTE = (
     "Judge perplexity alone can be gamed by dull or repetitive text: read it with entropy and repetition. A judge "

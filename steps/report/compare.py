@@ -61,12 +61,11 @@ def headline_nats(row: Row) -> tuple[float, str] | None:
         return None
     if row.eval.exact_nats_per_token is not None:
         return row.eval.exact_nats_per_token.value, "exact"
-    bounds = []
     if row.eval.nelbo_nats_per_token is not None:
-        bounds.append((row.eval.nelbo_nats_per_token.value, "bound"))
+        return row.eval.nelbo_nats_per_token.value, "bound"
     if row.eval.block_nelbo_nats_per_token is not None:
-        bounds.append((row.eval.block_nelbo_nats_per_token.value, "block bound"))
-    return min(bounds) if bounds else None
+        return row.eval.block_nelbo_nats_per_token.value, "block bound"
+    return None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from steps.report.compare import MIN_SEEDS_TO_RANK, by_cell, headline_nats, ranking
 from steps.report.schema import Results
 
+DEGENERATE = 0.5
 KIND_NAMES = {"nelbo": "NELBO", "block_nelbo": "block NELBO", "exact": "exact likelihood"}
 
 
@@ -18,24 +19,22 @@ def headline(results: Results) -> list[str]:
     lines += [f"FAILED {r.row_id}: {r.error}" for r in results.cells if r.status == "failed"]
     lines += _floor_lines(results)
     lines += _quality_lines(results)
+    lines += _text_lines(results)
     lines += _speed_lines(results)
     return lines
 
 
 def _floor_lines(results: Results) -> list[str]:
-    floor = results.data.get("unigram_nats_per_token")
-    if floor is None:
-        return []
-    parts = []
+    parts, floors = [], []
     for row in results.cells:
         figure = headline_nats(row)
-        if figure is not None and row.trained:
-            parts.append(f"{row.row_id} {floor - figure[0]:+.2f}")
+        if figure is not None and row.trained and row.eval and row.eval.unigram_nats_per_token:
+            floors.append(row.eval.unigram_nats_per_token)
+            parts.append(f"{row.row_id} {floors[-1] - figure[0]:+.2f}")
     if not parts:
         return []
-    return [
-        f"Nats per token below the unigram floor ({floor:.2f}): {', '.join(parts)}. Negative is worse than unigram."
-    ]
+    floor = f"{floors[0]:.2f}" if len(set(floors)) == 1 else "of the same tokens"
+    return [f"Nats per token below the unigram floor ({floor}): {', '.join(parts)}. Negative is worse than unigram."]
 
 
 def _quality_lines(results: Results) -> list[str]:
@@ -45,45 +44,52 @@ def _quality_lines(results: Results) -> list[str]:
         for kind, name in KIND_NAMES.items():
             groups = ranking(by_cell(results), kind)
             if sum(map(len, groups)) > 1:
-                lines.append(
-                    f"Quality by {name}, best first ('=' not separated): {' > '.join(' = '.join(g) for g in groups)}."
-                )
+                order = " > ".join(" = ".join(g) for g in groups)
+                lines.append(f"Quality by {name}, best first ('=' not separated): {order}.")
         return lines
+    seeds = len(set(results.seeds))
     lines.append(
-        f"Quality is not ranked: {len(set(results.seeds))} seed; a ranking takes {MIN_SEEDS_TO_RANK} (--seeds 0,1,2)."
+        f"Quality is not ranked: {seeds} seed{'s' if seeds > 1 else ''}; a ranking takes {MIN_SEEDS_TO_RANK} "
+        "(--seeds 0,1,2)."
     )
-    inside = [c for c in results.comparisons if not c.resolved]
-    outside = [c for c in results.comparisons if c.resolved]
-    if outside:
-        lines.append(
-            "Beyond the evaluation error (2 se, same held-out text and masks; another training seed may differ): "
-            + "; ".join(_difference(c.rows, c.difference, c.se, c.metric) for c in outside)
-            + "."
-        )
-    if inside:
-        lines.append(
-            "Inside the evaluation error: "
-            + "; ".join(_difference(c.rows, c.difference, c.se, c.metric) for c in inside)
-            + "."
-        )
+    if results.comparisons:
+        outside = [c for c in results.comparisons if c.resolved]
+        named = "; ".join(f"{c.rows[0]} - {c.rows[1]} {c.difference:+.3f} ± {c.se:.3f} {c.metric}" for c in outside[:4])
+        more = f" and {len(outside) - 4} more" if len(outside) > 4 else ""
+        inside, total = len(results.comparisons) - len(outside), len(results.comparisons)
+        beyond = f"; beyond it: {named}{more}." if outside else "."
+        lines.append(f"{inside} of {total} differences between rows are inside the evaluation error (2 se){beyond}")
     return lines
 
 
-def _difference(rows: tuple[str, str], difference: float, se: float, metric: str) -> str:
-    return f"{rows[0]} - {rows[1]} {difference:+.3f} ± {se:.3f} ({KIND_NAMES.get(metric, metric)})"
+def _text_lines(results: Results) -> list[str]:
+    """Name rows whose generated text is degenerate: less than half the entropy of the held-out text."""
+    reference = (results.data.get("reference_text") or {}).get("unigram_entropy_nats")
+    if not reference:
+        return []
+    poor = []
+    for row in results.cells:
+        entropies = [p["unigram_entropy_nats"] for p in (row.eval.frontier if row.eval else [])]
+        if entropies and max(entropies) < DEGENERATE * reference:
+            poor.append(f"{row.row_id} {max(entropies):.1f}")
+    if not poor:
+        return []
+    return [
+        f"Generated text is degenerate (at every temperature less than half the {reference:.1f} nats of unigram entropy "
+        f"of held-out text): {', '.join(poor)}. Their judge perplexities mean nothing."
+    ]
 
 
 def _speed_lines(results: Results) -> list[str]:
-    by_verdict: dict[str, list[str]] = {}
-    for tie in results.ties:
-        text = (
-            f"{tie.rows[0]} / {tie.rows[1]} at {tie.steps} steps {tie.ratio:.3f} [{tie.ci95[0]:.3f}, {tie.ci95[1]:.3f}]"
-        )
-        by_verdict.setdefault(tie.verdict, []).append(text)
     lines = []
-    if results.ties and set(by_verdict) == {"tie"}:
-        lines.append("Decoding speed: rows that share one network tie at equal steps (paired ratios within ±3 %).")
-    for verdict in ("faster", "slower", "not resolved"):
-        if verdict in by_verdict:
-            lines.append(f"Decoding speed, {verdict}: {'; '.join(by_verdict[verdict])}.")
+    for steps in dict.fromkeys(t.steps for t in results.ties):
+        ties = [t for t in results.ties if t.steps == steps]
+        counts = [
+            f"{n} {v}" for v in ("tie", "faster", "slower", "not resolved") if (n := sum(t.verdict == v for t in ties))
+        ]
+        span = f"{min(t.ratio for t in ties):.3f} to {max(t.ratio for t in ties):.3f}"
+        lines.append(
+            f"Decoding speed at {steps} steps, {len(ties)} pairs of rows that share one network: {', '.join(counts)} "
+            f"(ratios {span})."
+        )
     return lines

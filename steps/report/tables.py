@@ -95,7 +95,7 @@ def cost_table(results: Results) -> str:
 
 def frontier_table(results: Results) -> str:
     """Return generation quality over temperatures: judge perplexity never without entropy and repetition."""
-    header = ["row", "T", "steps", "judge ppl", "judge", "entropy nats", "distinct-2", "repeated 4-grams"]
+    header = ["row", "T", "forwards", "judge ppl", "judge", "entropy nats", "distinct-2", "repeated 4-grams"]
     body = []
     for row in results.cells:
         for point in row.eval.frontier if row.eval else []:
@@ -103,7 +103,7 @@ def frontier_table(results: Results) -> str:
                 [
                     row.row_id,
                     f"{point['temperature']:g}",
-                    str(point.get("steps", NOT_MEASURED)),
+                    _number(point.get("num_forwards"), ".0f"),
                     _number(point.get("judge_ppl"), ".1f"),
                     str(point.get("judge", NOT_MEASURED)),
                     _number(point.get("unigram_entropy_nats"), ".2f"),
@@ -112,6 +112,25 @@ def frontier_table(results: Results) -> str:
                 ]
             )
     return markdown_table(header, body)
+
+
+def comparison_table(results: Results) -> str:
+    """Return every paired difference between rows, the clear ones first."""
+    found = sorted(results.comparisons, key=lambda c: -abs(c.difference) / max(c.se, 1e-12))
+    body = [
+        [f"{c.rows[0]} - {c.rows[1]}", c.metric, f"{c.difference:+.3f} ± {c.se:.3f}", "yes" if c.resolved else "no"]
+        for c in found
+    ]
+    return markdown_table(["rows", "metric", "difference", "beyond 2 se"], body)
+
+
+def tie_table(results: Results) -> str:
+    """Return the paired throughput ratios of rows that share one network."""
+    body = [
+        [f"{t.rows[0]} / {t.rows[1]}", t.steps, f"{t.ratio:.3f}", f"[{t.ci95[0]:.3f}, {t.ci95[1]:.3f}]", t.verdict]
+        for t in results.ties
+    ]
+    return markdown_table(["rows", "steps", "ratio", "95 % interval", "verdict"], body)
 
 
 def results_csv(results: Results) -> str:

@@ -16,6 +16,7 @@ from steps.report import RowResult, build
 from steps.report.compare import PerSequence, SeedSummary, paired_difference, ranking
 from steps.report.publish import publish, rewrite
 from steps.report.schema import Results
+from steps.report.summary import headline
 from steps.report.tables import markdown_table
 
 
@@ -127,7 +128,7 @@ def test_results_json_round_trips_through_its_schema(report: Any) -> None:
     assert results.cells[3].status == "failed"
     assert results.cells[3].error == "RuntimeError: boom"
     assert results.cells[0].cost is not None
-    assert results.cells[0].cost.flops == pytest.approx(1.1e12)
+    assert results.cells[0].cost.flops == pytest.approx(1e12), "the teacher is in the sum already"
     broken = json.loads(Path(report.results_path).read_text()) | {"surprise": 1}
     with pytest.raises(ValidationError):
         Results.model_validate(broken)
@@ -138,7 +139,20 @@ def test_one_seed_is_not_ranked_and_the_failure_is_told(report: Any) -> None:
     assert "not ranked: 1 seed" in text
     assert "FAILED repr_align_4: RuntimeError: boom" in text
     assert "random_mask +1.30" in text
-    assert "tie at equal steps" in text
+    assert "random_mask +1.30" in text
+    assert "1 of 1 differences" not in text
+    assert "at 8 steps, 1 pairs of rows that share one network: 1 tie" in text
+
+
+def test_degenerate_text_is_named(report: Any) -> None:
+    found = Results.model_validate_json(Path(report.results_path).read_text())
+    assert not any("degenerate" in line for line in headline(found))
+    assert found.cells[0].eval is not None
+    for point in found.cells[0].eval.frontier:
+        point["unigram_entropy_nats"] = 1.0
+    (line,) = [line for line in headline(found) if "degenerate" in line]
+    assert "random_mask 1.0" in line
+    assert "repr_align_all" not in line
 
 
 def test_every_figure_is_drawn_and_published(report: Any) -> None:
