@@ -282,7 +282,8 @@ _QUALITY_NOTE = (
 )
 _COMPARISON_NOTE = (
     "First minus second, nats per token, ± one standard error, on the same held-out sequences and masks. Beyond 2 "
-    "standard errors a difference is more than evaluation noise; whether another training seed would give it again is not known."
+    "standard errors a difference is more than evaluation noise; whether another training seed would give it again "
+    "is not known."
 )
 _TIE_NOTE = (
     "Paired by round. A tie is an interval within ±3 %; overlap alone proves nothing, and under 6 rounds nothing is "
@@ -291,7 +292,8 @@ _TIE_NOTE = (
 _SPEED_NOTE = "Batch 1, fixed length, EOS ignored, all rows interleaved in one process; median [95 % interval]."
 _COST_NOTE = (
     "tokens: response tokens presented. TFLOP: all of it, teacher and extraction included. positions: token positions "
-    "forwarded, further views included. Extraction: anchors and trajectories a row reads, at their stand-alone cost, charged to every row that reads them."
+    "forwarded, further views included. Extraction: anchors and trajectories a row reads, at their stand-alone cost, "
+    "charged to every row that reads them."
 )
 _FRONTIER_NOTE = (
     "Judge perplexity alone can be gamed by dull or repetitive text: read it with entropy and repetition. A judge "

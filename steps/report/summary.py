@@ -75,8 +75,8 @@ def _text_lines(results: Results) -> list[str]:
     if not poor:
         return []
     return [
-        f"Generated text is degenerate (at every temperature less than half the {reference:.1f} nats of unigram entropy "
-        f"of held-out text): {', '.join(poor)}. Their judge perplexities mean nothing."
+        f"Generated text is degenerate (at every temperature less than half the {reference:.1f} nats of unigram "
+        f"entropy of held-out text): {', '.join(poor)}. Their judge perplexities mean nothing."
     ]
 
 
