@@ -23,7 +23,7 @@ def block(results: Results, stored: Path, picture: Path, root: Path = ROOT) -> s
     """Return the README's results block."""
     header = ["row", "nats per token", "", "tok/s, 8 steps", "tok/s, 32 steps", "train s", "extraction s"]
     body = [[r.row_id, *_likelihood(r), _speed(r, "8"), _speed(r, "32"), *_cost(r)] for r in results.cells]
-    floor = results.data["unigram_nats_per_token"]
+    floor = next(r.eval.unigram_nats_per_token for r in results.cells if r.eval and r.eval.unigram_nats_per_token)
     hardware = f"{results.hardware.get('cpu', 'unknown CPU')}, {results.hardware.get('cores', '?')} cores"
     return "\n".join(
         [
