@@ -103,20 +103,6 @@ def device_of(method: Method) -> torch.device:
     return next((p.device for p in method.parameters()), torch.device("cpu"))
 
 
-def take(batch: Batch, row_V: Tensor) -> Batch:
-    """Return the given rows as a batch (rows may repeat)."""
-    rows = row_V.tolist()
-    return Batch(
-        batch.input_ids_BL[row_V],
-        batch.response_BL[row_V],
-        batch.document_BL[row_V],
-        batch.position_BL[row_V],
-        tuple(batch.sample_ids[r] for r in rows),
-        tuple(batch.epochs[r] for r in rows),
-        tuple(batch.sequence_keys[r] for r in rows),
-    )
-
-
 def _batched(parts: Iterable[Views], size: int) -> Iterator[Views]:
     """Regroup views into batches of `size`, dropping those without a scored token."""
     pending: list[Views] = []
@@ -152,7 +138,7 @@ def score(
     right_B = torch.zeros(len(batch), dtype=torch.float64)
     for views in _batched(parts, batch_size):
         # what is hidden but not scored (later blocks) is no response in this view: a room may skip its logits
-        chunk = replace(take(batch, views.row_V), response_BL=views.weight_VL != 0)
+        chunk = replace(batch.select(views.row_V.tolist()), response_BL=views.weight_VL != 0)
         tokens = method.masked_nll(chunk.to(device), views.masked_VL.to(device))
         weighted_VL = tokens.nll_BL.cpu().double() * views.weight_VL
         nats_B.index_add_(0, views.row_V, weighted_VL.sum(1))

@@ -53,21 +53,6 @@ class View:
     align_RL: Tensor | None = None
 
 
-def take_rows(batch: Batch, index_R: Tensor) -> Batch:
-    """Return the rows `index_R` of a batch, repeats allowed."""
-    rows = index_R.tolist()
-    index_R = index_R.to(batch.input_ids_BL.device)
-    return Batch(
-        input_ids_BL=batch.input_ids_BL[index_R],
-        response_BL=batch.response_BL[index_R],
-        document_BL=batch.document_BL[index_R],
-        position_BL=batch.position_BL[index_R],
-        sample_ids=tuple(batch.sample_ids[row] for row in rows),
-        epochs=tuple(batch.epochs[row] for row in rows),
-        sequence_keys=tuple(batch.sequence_keys[row] for row in rows),
-    )
-
-
 def per_row_mean(masked_BL: Tensor) -> Tensor:
     """Return weight_BL, fp32: 1 / (masked tokens of the row) at masked tokens, 0 elsewhere (also in empty rows)."""
     masked_BL = masked_BL.float()

@@ -121,10 +121,9 @@ def _commit(response: _Response, need: TrajectoryNeed, forward: int, confidence_
 def _confidence(backbone: Backbone, batch: Batch, index_R: Tensor, masked_RL: Tensor) -> Tensor:
     """Return the largest log-probability at each masked token, fp32 on CPU; -inf elsewhere. One forward."""
     from dllm_core.kernels.token_stats import stats
-    from dllm_core.methods.token_space import take_rows
 
     device = batch.input_ids_BL.device
-    rows = take_rows(batch, index_R)
+    rows = batch.select(index_R.tolist())
     masked_on_device = masked_RL.to(device)
     noisy_RL = rows.input_ids_BL.masked_fill(masked_on_device, backbone.contract.mask_token_id)
     hidden_RLD = _run(backbone, rows, noisy_RL, causal=False)

@@ -21,7 +21,7 @@ from dllm_core.errors import DllmError
 from dllm_core.methods.protocol import Corrupted, LossOutput, Phase, Resources, StepInfo
 from dllm_core.methods.repr_align.method import Method as ReprAlignMethod
 from dllm_core.methods.requirements import RoomOptions
-from dllm_core.methods.token_space import View, per_row_mean, take_rows
+from dllm_core.methods.token_space import View, per_row_mean
 from dllm_core.methods.trajectory.options import Options
 from dllm_core.methods.trajectory.subset import looped, subset
 
@@ -167,7 +167,7 @@ class Method(ReprAlignMethod):
         picked = [(masked_BL.any(1) & of_kind_B).nonzero(as_tuple=True)[0] for masked_BL, of_kind_B in views]
         source_R = torch.cat(picked)
         masked_RL = torch.cat([masked_BL[rows] for (masked_BL, _), rows in zip(views, picked, strict=True)])
-        batch = take_rows(clean, source_R)
+        batch = clean.select(source_R.tolist())
         random_R1 = random_B[source_R][:, None].float()
         sequences = max(1.0, totals["sequences"])
         mean_RL = per_row_mean(masked_RL) / sequences
