@@ -1,4 +1,4 @@
-"""What the computation runs on: device, compute dtype with the reason for it, peak rate, memory."""
+"""What the computation runs on: device, peak rate, memory."""
 
 from __future__ import annotations
 
@@ -36,28 +36,6 @@ def device(wish: str = "auto") -> torch.device:
             "Use runtime.device=auto or cpu, or install the CUDA build (make install TORCH=cuda).",
         )
     return torch.device(wish)
-
-
-def compute_dtype(where: torch.device | str, wish: str = "auto") -> tuple[torch.dtype, str]:
-    """Return (dtype, reason): bf16 where the device is fast at it, else fp32.
-
-    On a CPU both are measured with a matrix product, once per process.
-
-    Args:
-        where: the device.
-        wish: `auto`, `fp32` or `bf16`.
-    """
-    if wish != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[wish], f"{wish} was asked for"
-    kind = torch.device(where).type
-    if kind == "cuda":
-        name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-        if major >= 8:
-            return torch.bfloat16, f"{name} (compute capability {major}.{minor}) has bf16 units"
-        return torch.float32, f"{name} (compute capability {major}.{minor}) has no bf16 units"
-    fp32, bf16 = (peak_flops(kind, dtype) for dtype in (torch.float32, torch.bfloat16))
-    rates = f"bf16 {bf16 / 1e9:.0f} against fp32 {fp32 / 1e9:.0f} GFLOP/s in a matrix product here"
-    return (torch.bfloat16, rates) if bf16 > 1.2 * fp32 else (torch.float32, rates)
 
 
 @cache

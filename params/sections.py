@@ -230,7 +230,7 @@ class TrainSpec(Settings):
     checkpoint_every_s: Positive = 60.0
     """Seconds between checkpoints inside a training run."""
     log_every_s: Positive = 10.0
-    """Seconds between progress lines."""
+    """Seconds between progress lines of training; a terminal shows a bar instead."""
     sample_every_steps: PositiveInt | None = None
     """Steps between samples of generated text; null makes none."""
     steps: PositiveInt | None = None

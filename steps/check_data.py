@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 
-from dllm_core.data.records import Record, read_records
-from dllm_core.errors import DataError, MissingExtraError
+from dllm_core.data.records import read_records, require_hub_reader
+from dllm_core.errors import DataError
 from params.schema import DataSpec
 
 SCAN_BYTES = 256_000_000
@@ -46,17 +45,13 @@ def check_data(spec: DataSpec) -> DataFacts:
         MissingExtraError: a package that holds or reads the text is not installed.
     """
     if spec.source.startswith("hf:"):
-        if find_spec("datasets") is None:
-            raise MissingExtraError(
-                f"Data '{spec.source}' needs the package datasets, which is not installed.",
-                "Run: pip install 'dllm-grid[data]'",
-            )
+        require_hub_reader(spec.source)
         return DataFacts(source=spec.source)
     fields: Mapping[str, str] = {str(ours): theirs for ours, theirs in spec.fields.items()}
     documents = total = longest = 0
     kind: str | None = None
     for record in read_records(spec.source, fields=fields, max_documents=spec.max_documents):
-        size = _size(record)
+        size = record.num_bytes
         kind = kind or record.kind
         documents += 1
         total += size
@@ -73,12 +68,6 @@ def check_data(spec: DataSpec) -> DataFacts:
     )
     _check_length(facts, spec)
     return facts
-
-
-def _size(record: Record) -> int:
-    texts = [record.text or "", record.prompt or "", record.response or ""]
-    texts += [m["content"] for m in record.messages or ()]
-    return sum(len(text.encode()) for text in texts)
 
 
 def _check_length(facts: DataFacts, spec: DataSpec) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from steps.cache import StepCache
-from steps.progress import Progress
+from steps.progress import LINE_EVERY_S, Progress
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,9 +51,9 @@ class Context:
         """The step cache of this runs directory."""
         return StepCache(self.runs_dir, self.run_id, self.use_cache, self.log)
 
-    def progress(self, name: str, unit: str = "step") -> Progress:
+    def progress(self, name: str, unit: str = "step", every_s: float = LINE_EVERY_S) -> Progress:
         """Return a reporter: call it with (done, total, **values) as often as you like."""
-        return Progress(name, unit=unit)
+        return Progress(name, unit=unit, every_s=every_s)
 
     def record(self, row: str, record: dict[str, Any]) -> None:
         """Pass on a record that was just appended to the row's metrics.jsonl (tracker, live curve)."""

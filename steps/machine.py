@@ -29,6 +29,7 @@ _GPUS: dict[str, tuple[float, float]] = {
 }
 _UNKNOWN_GPU = (40e12, 0.5e12)
 _GPU_OVERHEAD_S = 0.02
+_FIRST_BF16_CAPABILITY = 8.0  # Ampere; what came before computes bf16 in fp32 units
 _REFERENCE_GPU: dict[str, Any] = {
     "name": "an A100 (no GPU is visible here)",
     "native_bf16": True,
@@ -82,13 +83,13 @@ def probe(device: str = "auto", threads: int | None = None) -> Machine:
     """Look at this machine; `auto` is cuda when the driver lists a GPU and torch was built for one."""
     gpu = _gpu() if device != "cpu" else None
     if gpu is not None and (device == "cuda" or _torch_has_cuda()):
-        name, total, free = gpu
+        name, total, free, capability = gpu
         flops, rate = next((v for key, v in _GPUS.items() if key in name), _UNKNOWN_GPU)
         return Machine(
             device="cuda",
             name=name,
             cores=_cores(),
-            native_bf16="T4" not in name,
+            native_bf16=capability >= _FIRST_BF16_CAPABILITY,
             memory_total=total,
             memory_free=free,
             flops_bf16=flops,
@@ -147,15 +148,15 @@ def _cgroup_limit() -> float:
     return float("inf")
 
 
-def _gpu() -> tuple[str, float, float] | None:
-    """Return (name, total bytes, free bytes) of the first GPU, or None."""
+def _gpu() -> tuple[str, float, float, float] | None:
+    """Return (name, total bytes, free bytes, compute capability) of the first GPU, or None."""
     if shutil.which("nvidia-smi") is None:
         return None
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free,compute_cap", "--format=csv,noheader,nounits"]
     try:
         out = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-        name, total, free = (part.strip() for part in out.splitlines()[0].split(","))
-        return name, float(total) * 2**20, float(free) * 2**20
+        name, total, free, capability = (part.strip() for part in out.splitlines()[0].split(","))
+        return name, float(total) * 2**20, float(free) * 2**20, float(capability)
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
 

@@ -1,4 +1,4 @@
-"""How far a piece of work has come: a line every ten seconds, or a bar when somebody watches.
+"""How far a piece of work has come: a line every so many seconds, or a bar when somebody watches.
 
 A Metaflow task writes into a pipe and cannot draw. On a terminal the launcher therefore sets `DLLM_PROGRESS=watched`:
 tasks then write their line every second, and the launcher shows the latest as a bar (`parse`).
@@ -71,6 +71,7 @@ class Progress:
     Args:
         name: shown in brackets.
         unit: what `done` counts.
+        every_s: seconds between lines where nobody watches; a screen is refreshed at its own pace.
         stream: where to; stdout when None.
         clock: seconds; for tests.
     """
@@ -80,6 +81,7 @@ class Progress:
         name: str,
         *,
         unit: str = "step",
+        every_s: float = LINE_EVERY_S,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -88,7 +90,7 @@ class Progress:
         self._stream = stream or sys.stdout
         self._clock = clock
         self._mode = mode(self._stream)
-        self._every = {"lines": LINE_EVERY_S, "watched": WATCHED_EVERY_S, "bar": BAR_EVERY_S}[self._mode]
+        self._every = {"lines": every_s, "watched": WATCHED_EVERY_S, "bar": BAR_EVERY_S}[self._mode]
         self._start = clock()
         self._first: int | None = None
         self._last = -1e9
@@ -108,7 +110,7 @@ class Progress:
         finished = total is not None and done >= total
         pause = self._every
         if finished:  # a screen must see the end; a log is spared a burst of lines
-            pause = 1.0 if self._mode == "lines" else 0.0
+            pause = min(1.0, self._every) if self._mode == "lines" else 0.0
         if now - self._last < pause:
             return
         self._last = now

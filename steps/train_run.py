@@ -56,7 +56,7 @@ class Recorder:
         self.job, self.work = job, work
         self.metrics = MetricsLog(work / METRICS)
         self.prefix_metrics = prefix_metrics
-        self.progress = job.around.ctx.progress(job.row_id)
+        self.progress = job.around.ctx.progress(job.row_id, every_s=job.settings.log_every_s)
         self._told = 0.0
 
     def callbacks(self) -> Callbacks:

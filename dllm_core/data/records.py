@@ -48,6 +48,13 @@ class Record:
             return "text"
         return "messages" if self.messages is not None else "prompt+response"
 
+    @property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of its text, all parts together."""
+        texts = [self.text or "", self.prompt or "", self.response or ""]
+        texts += [turn["content"] for turn in self.messages or ()]
+        return sum(len(text.encode()) for text in texts)
+
 
 def read_records(
     source: str,
@@ -207,13 +214,18 @@ def _files(root: Path, files: list[Path], fields: Mapping[str, str]) -> Iterator
                 yield Record(name, text=row["text"])
 
 
-def _hub(name: str, split: str, fields: Mapping[str, str]) -> Iterator[Record]:
-    """Stream a data set of the hub; NAME may end in `:CONFIG`."""
+def require_hub_reader(source: str) -> None:
+    """Raise MissingExtraError when the package that reads `hf:` sources is not installed."""
     if find_spec("datasets") is None:
         raise MissingExtraError(
-            f"Data 'hf:{name}' needs the package datasets, which is not installed.",
+            f"Data '{source}' needs the package datasets, which is not installed.",
             "Run: pip install 'dllm-grid[data]'",
         )
+
+
+def _hub(name: str, split: str, fields: Mapping[str, str]) -> Iterator[Record]:
+    """Stream a data set of the hub; NAME may end in `:CONFIG`."""
+    require_hub_reader(f"hf:{name}")
     from datasets import load_dataset
 
     path, _, config = name.partition(":")

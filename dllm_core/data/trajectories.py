@@ -1,7 +1,8 @@
-"""Commit orders of responses: at which forward a decoder committed each token. B batch, L length, K block length.
+"""Commit orders of responses: at which forward a decoder committed each token. B batch, L length.
 
 One small file per sequence holds one step per token, O(L); ranks inside a training block are taken when it is known
-how large the block is, so that one extraction serves every block size (arXiv:2601.07568 stores O(L) snapshots of L).
+how large the block is (`dllm_core.corruption.masks.ranks_in_block`), so that one extraction serves every block size
+(arXiv:2601.07568 stores O(L) snapshots of L).
 """
 
 from __future__ import annotations
@@ -155,25 +156,3 @@ class TrajectoryStore:
 
 def _response_hash(response_L: Tensor) -> str:
     return hashlib.sha256(response_L.to("cpu", torch.uint8).contiguous().numpy().tobytes()).hexdigest()
-
-
-def ranks_in_block(commit_step_L: Tensor, start: int, stop: int) -> Tensor:
-    """Return the rank, from 0, of each token of the block start..stop-1 among the block's response tokens.
-
-    Earlier commit, lower rank; tokens committed in the same forward rank by position. Tokens that are no response have
-    rank `NOT_RESPONSE`, so that `rank >= floor((1 - rho) * k)` never masks them.
-
-    Args:
-        commit_step_L: commit steps; leading dimensions are ranked row by row.
-        start: first position of the block.
-        stop: one past its last position; what lies beyond the sequence is left out.
-
-    Returns:
-        int64 [..., K], K = min(stop, L) - start.
-    """
-    block_K = commit_step_L[..., start:stop].long()
-    late_K = block_K.masked_fill(block_K < 0, torch.iinfo(torch.int64).max)
-    order_K = late_K.argsort(dim=-1, stable=True)
-    places_K = torch.arange(block_K.shape[-1], device=block_K.device).expand_as(block_K)
-    rank_K = torch.empty_like(block_K).scatter_(-1, order_K, places_K)
-    return rank_K.masked_fill(block_K < 0, NOT_RESPONSE)

@@ -1,4 +1,4 @@
-"""Device, dtype and memory as the run sees them."""
+"""Device, peak rate and memory as the run sees them."""
 
 from __future__ import annotations
 
@@ -9,21 +9,6 @@ import torch
 
 from dllm_core import hardware
 from dllm_core.errors import ResourceError
-
-
-@pytest.mark.parametrize(("rates", "expected"), [((50e9, 200e9), torch.bfloat16), ((50e9, 20e9), torch.float32)])
-def test_dtype_follows_the_measurement(rates, expected, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = dict(zip((torch.float32, torch.bfloat16), rates, strict=True))
-    monkeypatch.setattr(hardware, "peak_flops", lambda kind, dtype: known[dtype])
-    dtype, reason = hardware.compute_dtype("cpu")
-    assert dtype == expected
-    assert f"bf16 {rates[1] / 1e9:.0f} against fp32 50 GFLOP/s" in reason
-
-
-def test_an_explicit_wish_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "peak_flops", lambda *_: pytest.fail("measured"))
-    assert hardware.compute_dtype("cpu", "fp32") == (torch.float32, "fp32 was asked for")
-    assert hardware.compute_dtype("cpu", "bf16")[0] == torch.bfloat16
 
 
 def test_measured_once_per_process(monkeypatch: pytest.MonkeyPatch) -> None:

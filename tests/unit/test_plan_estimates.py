@@ -191,7 +191,7 @@ def test_a_gpu_that_is_not_there_is_reckoned_with_but_not_claimed(monkeypatch: p
 
 
 def test_a_gpu_is_taken_when_torch_can_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("steps.machine._gpu", lambda: ("NVIDIA H200", 150e9, 149e9))
+    monkeypatch.setattr("steps.machine._gpu", lambda: ("NVIDIA H200", 150e9, 149e9, 9.0))
     monkeypatch.setattr("steps.machine._torch_has_cuda", lambda: False)
     assert probe("auto").device == "cpu"
     assert probe("cuda").visible
@@ -199,6 +199,9 @@ def test_a_gpu_is_taken_when_torch_can_use_it(monkeypatch: pytest.MonkeyPatch) -
     machine = probe("auto")
     assert (machine.device, machine.name, machine.memory_free) == ("cuda", "NVIDIA H200", 149e9)
     assert probe("cpu").device == "cpu"
+    assert machine.dtype("auto") == "bf16"
+    monkeypatch.setattr("steps.machine._gpu", lambda: ("Tesla V100", 16e9, 15e9, 7.0))
+    assert probe("auto").dtype("auto") == "fp32"
 
 
 def test_scratch_shapes_count_what_is_built() -> None:

@@ -40,6 +40,15 @@ def test_one_line_every_ten_seconds_when_nobody_watches() -> None:
     assert lines[-1] == "[random_mask] step 600/600 loss 4.31"
 
 
+def test_the_interval_of_lines_can_be_set() -> None:
+    stream, clock = io.StringIO(), Clock()
+    report = Progress("row", every_s=25.0, stream=stream, clock=clock)
+    for step in range(101):
+        report(step, 100)
+        clock.now += 1.0
+    assert [parse(line)[1] for line in stream.getvalue().splitlines()] == [0, 25, 50, 75, 100]  # type: ignore[index]
+
+
 def test_quick_work_says_little() -> None:
     assert len(run(io.StringIO(), steps=5)) == 1
 

@@ -5,37 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dllm_core.data.trajectories import NOT_RESPONSE, TrajectoryStore, ranks_in_block, trajectory_identity
+from dllm_core.data.trajectories import NOT_RESPONSE, TrajectoryStore, trajectory_identity
 from dllm_core.errors import StoreError
 from tests.sequences import packed_sequences, random_sequences
-
-
-def naive_ranks(commit: list[int], start: int, stop: int) -> list[int]:
-    block = list(enumerate(commit))[start:stop]
-    scored = sorted((step, position) for position, step in block if step >= 0)
-    return [scored.index((step, position)) if step >= 0 else NOT_RESPONSE for position, step in block]
-
-
-@pytest.mark.parametrize("size", [1, 5, 16, 24, 32])
-def test_ranks_equal_a_sort_by_step_then_position(size: int) -> None:
-    generator = torch.Generator().manual_seed(size)
-    for length in (32, 75):
-        commit_BL = torch.randint(-2, 8, (6, length), generator=generator).clamp_min(-1)
-        for start in range(0, length, size):
-            batched = ranks_in_block(commit_BL, start, start + size)
-            for commit_L, row in zip(commit_BL, batched, strict=True):
-                expected = naive_ranks(commit_L.tolist(), start, min(start + size, length))
-                assert ranks_in_block(commit_L, start, start + size).tolist() == expected == row.tolist()
-
-
-def test_reranking_masks_the_last_committed_first() -> None:
-    # forwards of 2 tokens each, in blocks of 4; re-ranked in one block of 8 the order is kept and ties go by position
-    commit_L = torch.tensor([1, 0, 0, 1, 3, 2, 3, 2])
-    assert ranks_in_block(commit_L, 0, 8).tolist() == [2, 0, 1, 3, 6, 4, 7, 5]
-    assert ranks_in_block(commit_L, 2, 6).tolist() == [0, 1, 3, 2]
-    rank_K = ranks_in_block(commit_L, 0, 8)
-    assert (rank_K >= int((1 - 0.5) * 8)).nonzero().flatten().tolist() == [4, 5, 6, 7]
-    assert not (rank_K >= int((1 - 0.0) * 8)).any()
 
 
 def test_roundtrip_and_missing(tmp_path: Path) -> None:
