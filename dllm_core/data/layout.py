@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -23,6 +24,7 @@ class Rows:
         response: bool [L].
         document: int32 [L], -1 for padding.
         position: int32 [L].
+        source: index into `names` of the document that most of the row's tokens come from.
         names: documents that rows were made of.
         num_truncated: documents of which something was cut off.
     """
@@ -31,17 +33,25 @@ class Rows:
     response: list[Tensor] = field(default_factory=list)
     document: list[Tensor] = field(default_factory=list)
     position: list[Tensor] = field(default_factory=list)
+    source: list[int] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     num_truncated: int = 0
 
-    def add(self, parts: Sequence[Document], length: int, pad_id: int) -> None:
-        """Append a row of documents, padded to `length`; the first token of each is never a response token."""
+    def name(self, document: str) -> int:
+        """Note a document that rows are made of; return its index."""
+        self.names.append(document)
+        return len(self.names) - 1
+
+    def add(self, parts: Sequence[tuple[Document, int]], length: int, pad_id: int) -> None:
+        """Append a row of (document, index of its name), padded to `length`; first tokens are never response tokens."""
         ids_L = torch.full((length,), pad_id, dtype=torch.int32)
         response_L = torch.zeros(length, dtype=torch.bool)
         document_L = torch.full((length,), -1, dtype=torch.int32)
         position_L = torch.zeros(length, dtype=torch.int32)
         start = 0
-        for index, part in enumerate(parts):
+        tokens: Counter[int] = Counter()
+        for index, (part, name) in enumerate(parts):
+            tokens[name] += len(part.ids_T)
             stop = start + len(part.ids_T)
             ids_L[start:stop] = part.ids_T
             response_L[start + max(1, part.response_start) : stop] = True
@@ -52,6 +62,7 @@ class Rows:
         self.response.append(response_L)
         self.document.append(document_L)
         self.position.append(position_L)
+        self.source.append(tokens.most_common(1)[0][0])
 
     def sequence_set(self, byte_lengths_V: Tensor) -> SequenceSet:
         """Return the rows as a set; bytes are those of the response tokens."""
@@ -64,6 +75,7 @@ class Rows:
             num_bytes_N=(byte_lengths_V[ids_NL.long()] * response_NL).sum(dim=1),
             num_tokens=len(byte_lengths_V),
             documents=tuple(self.names),
+            source_N=torch.tensor(self.source, dtype=torch.int64),
         )
 
 
@@ -91,11 +103,12 @@ def cut_windows(
     longest = 0
     for document in documents:
         longest = max(longest, len(document.ids_T))
-        for window_T in document.ids_T.unfold(0, stride, stride) if len(document.ids_T) >= stride else ():
+        if len(document.ids_T) < stride:
+            continue
+        name = rows.name(document.name)
+        for window_T in document.ids_T.unfold(0, stride, stride):
             window = Document(document.name, torch.cat([front_T, window_T]), prompt_tokens)
-            rows.add([window], prompt_tokens + response_tokens, 0)
-        if len(document.ids_T) >= stride:
-            rows.names.append(document.name)
+            rows.add([(window, name)], prompt_tokens + response_tokens, 0)
     if not rows.ids:
         raise DataError(
             f"Every {part}document is shorter than one window: the longest has {longest} tokens, a window "
@@ -120,8 +133,7 @@ def pad_pairs(
         if part is None:
             continue
         rows.num_truncated += cut
-        rows.add([part], prompt_tokens + response_tokens, pad_id)
-        rows.names.append(document.name)
+        rows.add([(part, rows.name(document.name))], prompt_tokens + response_tokens, pad_id)
     if not rows.ids:
         raise DataError("Every response is empty.", "Give records whose response holds text.")
     return rows
@@ -154,25 +166,26 @@ def pack_documents(documents: Iterable[Document], *, length: int, bos_id: int | 
         DataError: no document has two tokens.
     """
     rows = Rows()
-    parts: list[Document] = []
+    parts: list[tuple[Document, int]] = []
     for document in documents:
         pieces, cut = _pieces(document, length, bos_id)
         rows.num_truncated += cut
-        parts += pieces
         if pieces:
-            rows.names.append(document.name)
-    parts.sort(key=lambda part: -len(part.ids_T))
-    contents: list[list[Document]] = []
+            name = rows.name(document.name)
+            parts += [(piece, name) for piece in pieces]
+    parts.sort(key=lambda part: -len(part[0].ids_T))
+    contents: list[list[tuple[Document, int]]] = []
     rooms: list[tuple[int, int]] = []  # (tokens left, row), ascending
     for part in parts:
-        place = bisect_left(rooms, (len(part.ids_T), 0))
+        size = len(part[0].ids_T)
+        place = bisect_left(rooms, (size, 0))
         if place < len(rooms):
             room, row = rooms.pop(place)
         else:
             room, row = length, len(contents)
             contents.append([])
         contents[row].append(part)
-        insort(rooms, (room - len(part.ids_T), row))
+        insort(rooms, (room - size, row))
     for row_parts in contents:
         rows.add(row_parts, length, pad_id)
     if not rows.ids:

@@ -17,10 +17,11 @@ from torch import Tensor
 from dllm_core.data.batch import Batch
 from dllm_core.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: rows know the document they were cut from."""
 _TENSORS_FILE = "sequences.safetensors"
 _INFO_FILE = "sequences.json"
-_ROW_TENSORS = ("input_ids_NL", "response_NL", "document_NL", "position_NL", "num_bytes_N")
+_ROW_TENSORS = ("input_ids_NL", "response_NL", "document_NL", "position_NL", "num_bytes_N", "source_N")
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +38,8 @@ class SequenceSet:
         documents: names of the documents the rows were cut from (before a cap on the number of rows).
         text_counts_V: int64; how often each token occurs as a response token in all rows before a cap; None counts
             those of the rows that are here.
+        source_N: int64; index into `documents` of the document a row was cut from (of packed rows: the one with the
+            most tokens in it). Rows of one document are no independent sample. None where it is not known.
     """
 
     input_ids_NL: Tensor
@@ -47,6 +50,7 @@ class SequenceSet:
     num_tokens: int
     documents: tuple[str, ...] = ()
     text_counts_V: Tensor | None = None
+    source_N: Tensor | None = None
 
     def __post_init__(self) -> None:
         shape = self.input_ids_NL.shape
@@ -54,6 +58,7 @@ class SequenceSet:
         assert self.response_NL.shape == self.document_NL.shape == self.position_NL.shape == shape
         assert self.num_bytes_N.shape == shape[:1]
         assert self.response_NL.dtype == torch.bool
+        assert self.source_N is None or self.source_N.shape == shape[:1]
         may_not_respond_NL = (self.document_NL < 0) | (self.position_NL == 0)
         assert not bool((self.response_NL & may_not_respond_NL).any()), "padding or a first token marked as response"
 
@@ -104,9 +109,16 @@ class SequenceSet:
     def fingerprint(self) -> str:
         """SHA-256 of everything a method can see of the set."""
         digest = hashlib.sha256(json.dumps([FORMAT_VERSION, list(self.input_ids_NL.shape), self.num_tokens]).encode())
-        for tensor in self._tensors().values():
+        for name, tensor in self._tensors().items():
+            digest.update(name.encode())
             digest.update(_raw(tensor))
         return digest.hexdigest()
+
+    def groups(self, sample_ids: Iterable[int]) -> tuple[int, ...] | None:
+        """Return the document of each named row, None where documents are not known: what standard errors go by."""
+        if self.source_N is None:
+            return None
+        return tuple(int(self.source_N[sample]) for sample in sample_ids)
 
     def batch(self, presented: Sequence[tuple[int, int]]) -> Batch:
         """Return the rows named by (sample id, epoch), in that order."""
@@ -129,7 +141,7 @@ class SequenceSet:
     def select(self, sample_ids: Sequence[int]) -> SequenceSet:
         """Return the named rows, in that order, as a set of their own."""
         index_N = torch.tensor(list(sample_ids), dtype=torch.long)
-        rows = {name: getattr(self, name)[index_N] for name in _ROW_TENSORS}
+        rows = {name: tensor[index_N] for name in _ROW_TENSORS if (tensor := getattr(self, name)) is not None}
         return replace(self, **rows)
 
     def head(self, count: int) -> SequenceSet:
@@ -176,8 +188,8 @@ class SequenceSet:
         return loaded
 
     def _tensors(self) -> dict[str, Tensor]:
-        tensors = {name: getattr(self, name) for name in _ROW_TENSORS}
-        return tensors if self.text_counts_V is None else {**tensors, "text_counts_V": self.text_counts_V}
+        names = (*_ROW_TENSORS, "text_counts_V")
+        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
 
 
 def sequence_key(input_ids_L: Tensor, document_L: Tensor, position_L: Tensor) -> str:

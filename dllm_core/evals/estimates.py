@@ -1,10 +1,13 @@
-"""Sums per held-out sequence, and what follows from them. Sequences are the independent units, tokens are not."""
+"""Sums per held-out sequence, and what follows from them.
+
+Documents are the independent units where they are known, else sequences; tokens never are.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its standard error (None with fewer than two sequences)."""
+    """A mean with its standard error (None with fewer than two independent units)."""
 
     value: float
     se: float | None
@@ -22,6 +25,27 @@ class Estimate:
         return {"value": self.value, "se": self.se}
 
 
+def cluster_se(residuals: Sequence[float], groups: Sequence[int] | None, total: float) -> float | None:
+    """Return the standard error of a ratio sum / total from each sequence's residual sum - value * weight.
+
+    The linearised, cluster-robust form: se^2 = G / (G - 1) * sum_g (sum of the group's residuals)^2 / total^2 over the G
+    groups. Each sequence is a group of its own without `groups`, which is the textbook ratio estimator. None below two
+    groups. Few groups make it too small rather than too large.
+
+    Args:
+        residuals: one number a sequence.
+        groups: which sequences belong together, such as the document each was cut from; None: none do.
+        total: sum of all weights.
+    """
+    sums: dict[int, list[float]] = {}
+    for group, residual in zip(range(len(residuals)) if groups is None else groups, residuals, strict=True):
+        sums.setdefault(group, []).append(residual)
+    count = len(sums)
+    if count < 2 or not total:
+        return None
+    return math.sqrt(count / (count - 1) * math.fsum(math.fsum(r) ** 2 for r in sums.values())) / total
+
+
 @dataclass(frozen=True)
 class SequenceSums:
     """A quantity summed over the scored tokens of each sequence; kept so that rows can be compared in pairs.
@@ -29,31 +53,34 @@ class SequenceSums:
     Attributes:
         sums: one number a sequence: nats, or correct tokens.
         tokens: scored tokens of each sequence.
+        groups: the document each sequence was cut from; None: every sequence is independent of the others.
     """
 
     sums: tuple[float, ...]
     tokens: tuple[float, ...]
+    groups: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, sums_N: Tensor, tokens_N: Tensor) -> SequenceSums:
         """Build from two vectors."""
         return cls(tuple(sums_N.double().tolist()), tuple(tokens_N.double().tolist()))
 
-    def per_token(self) -> Estimate:
-        """Return sum / tokens over all sequences, with the ratio estimator's standard error.
+    def grouped(self, groups: tuple[int, ...] | None) -> SequenceSums:
+        """Return the same sums with the document of each sequence."""
+        assert groups is None or len(groups) == len(self.sums)
+        return replace(self, groups=groups)
 
-        se^2 = n / (n - 1) * sum_n (s_n - value * t_n)^2 / (sum_n t_n)^2, so it covers both the sampling of sequences
-        and the Monte Carlo noise within each.
+    def per_token(self) -> Estimate:
+        """Return sum / tokens over all sequences, with the ratio estimator's standard error (`cluster_se`).
+
+        It covers both the sampling of documents and the Monte Carlo noise within each.
         """
         total = sum(self.tokens)
         if not total:
             return Estimate(math.nan, None)
         value = math.fsum(self.sums) / total
-        n = len(self.sums)
-        if n < 2:
-            return Estimate(value, None)
-        residuals = (s - value * t for s, t in zip(self.sums, self.tokens, strict=True))
-        return Estimate(value, math.sqrt(n / (n - 1) * math.fsum(r * r for r in residuals)) / total)
+        residuals = [s - value * t for s, t in zip(self.sums, self.tokens, strict=True)]
+        return Estimate(value, cluster_se(residuals, self.groups, total))
 
     def bits_per_byte(self, num_bytes: Sequence[float]) -> float:
         """Return nats / ln 2 / bytes, where `num_bytes` counts the UTF-8 bytes of each sequence's scored tokens."""
@@ -61,8 +88,9 @@ class SequenceSums:
         return math.fsum(self.sums) / math.log(2) / sum(num_bytes)
 
     def as_json(self, name: str = "nats") -> dict[str, Any]:
-        """Return `{name: [...], "tokens": [...]}`."""
-        return {name: list(self.sums), "tokens": list(self.tokens)}
+        """Return `{name: [...], "tokens": [...], "groups": [...]}`, without groups where there are none."""
+        found = {name: list(self.sums), "tokens": list(self.tokens)}
+        return found if self.groups is None else {**found, "groups": list(self.groups)}
 
 
 def paired_difference(first: SequenceSums, second: SequenceSums) -> Estimate:
@@ -72,4 +100,4 @@ def paired_difference(first: SequenceSums, second: SequenceSums) -> Estimate:
     """
     assert first.tokens == second.tokens, "rows were scored on different tokens"
     differences = tuple(a - b for a, b in zip(first.sums, second.sums, strict=True))
-    return SequenceSums(differences, first.tokens).per_token()
+    return SequenceSums(differences, first.tokens, first.groups).per_token()

@@ -57,6 +57,7 @@ def test_windows_lie_next_to_each_other_inside_documents() -> None:
     assert data.position_NL.tolist() == [list(range(8))] * 6
     assert data.batch_of(range(6)).is_plain
     assert data.documents == ("d0", "d2", "d3")
+    assert data.groups(range(6)) == (0, 0, 0, 1, 2, 2), "names by index, the short document has none"
 
 
 def test_windows_begin_with_bos_where_there_is_one() -> None:
@@ -114,6 +115,13 @@ def test_long_documents_are_divided_and_single_tokens_dropped() -> None:
     assert sorted(data.input_ids_NL.tolist()) == [list(range(10)), list(range(10, 20)), list(range(200, 210))]
     with pytest.raises(DataError, match="No document has two tokens"):
         pack_documents(documents([1, 0]), length=10, bos_id=None, pad_id=0)
+
+
+def test_packed_rows_belong_to_the_document_with_most_tokens() -> None:
+    data = pack_documents(documents([14, 3, 1, 5]), length=10, bos_id=None, pad_id=0).sequence_set(BYTES)
+    assert data.documents == ("d0", "d1", "d3")
+    assert data.input_ids_NL[1].tolist() == [300, 301, 302, 303, 304, 10, 11, 12, 13, 0]
+    assert [data.documents[i] for i in data.groups(range(3)) or ()] == ["d0", "d3", "d1"]
 
 
 def test_packed_documents_do_not_see_each_other() -> None:

@@ -78,8 +78,20 @@ def test_fingerprint_sees_every_field() -> None:
         dataclasses.replace(data, num_bytes_N=data.num_bytes_N + 1),
         dataclasses.replace(data, num_tokens=31),
         data.head(2),
+        dataclasses.replace(data, source_N=torch.tensor([0, 0, 1])),
+        dataclasses.replace(data, source_N=torch.tensor([0, 1, 1])),
     ]
-    assert len({d.fingerprint for d in [data, *changed]}) == 6
+    assert len({d.fingerprint for d in [data, *changed]}) == 8
+
+
+def test_rows_keep_their_document_when_picked_and_stored(tmp_path: Path) -> None:
+    data = dataclasses.replace(random_sequences(4, 6, 2, 30), source_N=torch.tensor([5, 5, 2, 7]))
+    data.save(tmp_path)
+    back = SequenceSet.load(tmp_path)
+    assert back.fingerprint == data.fingerprint
+    assert back.groups([3, 0, 1]) == (7, 5, 5)
+    assert back.select([2, 0]).groups(range(2)) == (2, 5)
+    assert random_sequences(4, 6, 2, 30).groups(range(4)) is None
 
 
 def test_damage_is_detected(tmp_path: Path) -> None:

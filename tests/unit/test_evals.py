@@ -64,6 +64,35 @@ def test_standard_error_of_a_ratio_matches_resampling() -> None:
     assert SequenceSums.of(nats, tokens).per_token().se == pytest.approx(float(resampled.std()), rel=0.1)
 
 
+def test_documents_of_equal_size_give_the_standard_error_of_their_means() -> None:
+    """Closed form: with m equally long windows a document, the document means are the sample."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(12, 1, generator=generator, dtype=torch.float64) + 0.1 * torch.randn(
+        12, 5, generator=generator
+    )
+    groups = torch.arange(12).repeat_interleave(5)
+    order = torch.randperm(60, generator=generator)
+    sums = SequenceSums.of(values.flatten()[order] * 8, torch.full((60,), 8)).grouped(tuple(groups[order].tolist()))
+    expected = float(values.mean(1).std() / math.sqrt(12))
+    assert sums.per_token().se == pytest.approx(expected)
+    alone = sums.grouped(None).per_token().se
+    assert alone is not None
+    assert alone < 0.6 * expected, "windows of one document taken for independent look too certain"
+    assert sums.grouped(tuple(range(60))).per_token().se == pytest.approx(alone)
+
+
+def test_copies_of_a_sequence_add_no_certainty() -> None:
+    nats, tokens = (3.0, 9.0, 4.0), (2.0, 5.0, 3.0)
+    once = SequenceSums(nats, tokens).per_token()
+    copied = SequenceSums(nats * 4, tokens * 4, (0, 1, 2) * 4).per_token()
+    assert (copied.value, copied.se) == pytest.approx((once.value, once.se))
+    assert SequenceSums(nats, tokens, (7, 7, 7)).per_token().se is None, "one document"
+    difference = paired_difference(
+        SequenceSums(nats * 4, tokens * 4, (0, 1, 2) * 4), SequenceSums((0.0,) * 12, tokens * 4)
+    )
+    assert difference.se == pytest.approx(once.se)
+
+
 def test_one_sequence_has_no_standard_error() -> None:
     assert SequenceSums((2.0,), (4.0,)).per_token().as_json() == {"value": 0.5, "se": None}
 
