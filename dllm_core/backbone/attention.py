@@ -1,7 +1,7 @@
 """Attention for short bf16 sequences on CPU: plain matrix products, registered with transformers like any other kind.
 
 torch's CPU flash kernel is made for long sequences. At the lengths trained on here it spends several times longer than
-two batched products and a softmax, most of all in the backward pass (benchmarks/train.py measures both), while the
+two batched products and a softmax, most of all in the backward pass (benchmarks/attention.py measures both), while the
 scores it avoids storing are small. All other cases go to transformers' own `sdpa`.
 
 B batch, H heads, L length, D head dim.
@@ -56,6 +56,19 @@ def attention(
             is_causal=is_causal,
             **kwargs,
         )
+    return plain_attention(module, query_BHLD, key_BHLD, value_BHLD, attention_mask, scaling=scaling)
+
+
+def plain_attention(
+    module: nn.Module,
+    query_BHLD: Tensor,
+    key_BHLD: Tensor,
+    value_BHLD: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Return softmax(q k^T) v, never causal by itself; arguments as for `attention`, a mask is bool (True: seen)."""
     groups = getattr(module, "num_key_value_groups", 1)
     scale = query_BHLD.shape[-1] ** -0.5 if scaling is None else scaling
     scores_BHLL = torch.matmul(query_BHLD * scale, repeat_kv(key_BHLD, groups).transpose(2, 3))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -62,3 +64,17 @@ def test_all_else_goes_to_sdpa(dtype: torch.dtype, causal: bool) -> None:
     theirs = _run(sdpa_attention_forward, inputs, None, causal, weight)
     for got, want in zip(ours, theirs, strict=True):
         assert torch.equal(got, want)
+
+
+def test_the_benchmark_behind_the_choice_runs(tmp_path: Path) -> None:
+    from benchmarks import attention as benchmark
+
+    out, threads = tmp_path / "attention.json", torch.get_num_threads()
+    small = "--lengths 8 --tokens 16 --rounds 6 --warmup 1 --heads 4 --kv-heads 2 --head-dim 8 --threads"
+    assert benchmark.main([*small.split(), str(threads), "--out", str(out)]) == 0
+    cases = json.loads(out.read_text())["cpu"]
+    assert [(c["dtype"], c["length"], c["batch"]) for c in cases] == [("bf16", 8, 2), ("fp32", 8, 2)]
+    for case in cases:
+        for name in ("forward", "forward_backward"):
+            assert case[name]["rows"] == ["plain", "sdpa"]
+            assert case[name]["ci95"][0] <= case[name]["ratio"] <= case[name]["ci95"][1]
