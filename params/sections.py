@@ -128,7 +128,8 @@ class DataSpec(Settings):
     """The text that every row trains on and is measured on."""
 
     source: Annotated[str, Field(min_length=1)] = "embedded:sotu"
-    """`embedded:sotu`, `embedded:stdlib`, a .txt / .jsonl / .parquet file, a directory of them, `hf:NAME[:CONFIG]`."""
+    """`embedded:sotu`, `embedded:stdlib`, a .txt / .jsonl / .parquet file, a directory of them, `hf:NAME[:CONFIG]`.
+    NAME is a data set of the hub, or a directory laid out like one, which needs no network."""
     split: str | None = None
     """Split of an `hf:` data set; null takes `train`."""
     fields: dict[Literal["text", "prompt", "response", "messages"], str] = Field(default_factory=dict)

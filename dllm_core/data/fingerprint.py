@@ -14,7 +14,8 @@ HASHED_BYTES = 2_000_000_000
 def source_fingerprint(source: str) -> str:
     """Return a SHA-256 over names and contents of a source's files.
 
-    A data set of the hub cannot be hashed without reading it: its name stands for it.
+    A data set of the hub cannot be hashed without reading it: its name stands for it, whatever the hub holds under
+    that name later. One in a local directory (`hf:DIRECTORY`) goes by its files like any other source.
 
     Args:
         source: as for `records.read_records`.
@@ -24,8 +25,14 @@ def source_fingerprint(source: str) -> str:
     """
     digest = hashlib.sha256()
     if source.startswith("hf:"):
-        return hashlib.sha256(source.encode()).hexdigest()
-    root, files = source_files(source)
+        path, _, config = source.removeprefix("hf:").partition(":")
+        root = Path(path)
+        if not root.is_dir():
+            return hashlib.sha256(source.encode()).hexdigest()
+        digest.update(f"hf:{config}\n".encode())
+        files = sorted(file for file in root.rglob("*") if file.is_file())
+    else:
+        root, files = source_files(source)
     stats = [path.stat() for path in files]
     by_content = sum(stat.st_size for stat in stats) <= HASHED_BYTES
     for path, stat in zip(files, stats, strict=True):

@@ -224,17 +224,18 @@ def require_hub_reader(source: str) -> None:
 
 
 def _hub(name: str, split: str, fields: Mapping[str, str]) -> Iterator[Record]:
-    """Stream a data set of the hub; NAME may end in `:CONFIG`."""
+    """Stream a data set of the hub, or of a directory laid out like one; NAME may end in `:CONFIG`."""
     require_hub_reader(f"hf:{name}")
     from datasets import load_dataset
 
     path, _, config = name.partition(":")
+    shown = Path(path).name if Path(path).is_dir() else path
     number = 0
     try:
         rows = iter(load_dataset(path, config or None, split=split, streaming=True))
         while (row := next(rows, None)) is not None:
             number += 1
-            yield record_of(row, fields, f"{path}/{split} row {number}")
+            yield record_of(row, fields, f"{shown}/{split} row {number}")
     except DataError:
         raise
     except Exception as error:  # the hub client raises a dozen types from four libraries

@@ -265,6 +265,61 @@ def test_no_hub_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
         read("hf:a/b")
 
 
+@pytest.fixture
+def hub_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a directory laid out like a data set of the hub: two Parquet shards and a test split."""
+    pa = pytest.importorskip("pyarrow")
+    pytest.importorskip("datasets")
+    from pyarrow import parquet
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    home = tmp_path / "pages"
+    home.mkdir()
+    for name, numbers in {
+        "train-00000-of-00002": range(4),
+        "train-00001-of-00002": range(4, 9),
+        "test-00000-of-00001": range(90, 92),
+    }.items():
+        rows = [{"body": f"page {i}", "url": f"u{i}"} for i in numbers]
+        parquet.write_table(pa.Table.from_pylist(rows), home / f"{name}.parquet")
+    return home
+
+
+def test_datasets_itself_streams_a_directory_without_a_network(hub_directory: Path) -> None:
+    """The library that reads the hub, not a stand-in for it."""
+    source = f"hf:{hub_directory}"
+    found = read(source, fields={"text": "body"})
+    assert [(r.document_id, r.text) for r in found] == [(f"pages/train row {i + 1}", f"page {i}") for i in range(9)]
+    assert [r.text for r in read(source, fields={"text": "body"}, max_documents=5)] == [f"page {i}" for i in range(5)]
+    assert [r.text for r in read(source, split="test", fields={"text": "body"})] == ["page 90", "page 91"]
+
+
+def test_what_datasets_itself_complains_about_fits_in_two_lines(hub_directory: Path) -> None:
+    from datasets import Dataset
+
+    saved = hub_directory.parent / "saved"
+    Dataset.from_list([{"text": "one"}]).save_to_disk(saved)
+    for source, options, message in (
+        (hub_directory, {}, r"pages/train row 1 has no 'text', .*; it has body, url"),
+        (hub_directory, {"split": "validation"}, "Bad split: validation. Available splits"),
+        (f"{hub_directory}:german", {}, "'german' not found"),
+        (hub_directory.parent / "nothing", {}, "Couldn't find any data file"),
+        (saved, {}, "Please use `load_from_disk`"),
+        ("some/name", {}, "Couldn't reach 'some/name' on the Hub"),
+    ):
+        with pytest.raises(DataError, match=message) as error:
+            read(f"hf:{source}", **options)  # type: ignore[arg-type]
+        assert two_lines(error)
+
+
+def test_fingerprint_of_a_hub_directory_follows_its_contents(hub_directory: Path) -> None:
+    one = source_fingerprint(f"hf:{hub_directory}")
+    assert source_fingerprint(f"hf:{hub_directory}:config") != one
+    shard = hub_directory / "test-00000-of-00001.parquet"
+    shard.write_bytes(shard.read_bytes() + b"x")
+    assert source_fingerprint(f"hf:{hub_directory}") != one
+
+
 # -- fingerprint and split ------------------------------------------------------------------------------------------
 
 
