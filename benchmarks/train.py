@@ -138,6 +138,7 @@ class Bench:
             self.scratch,
             peak_flops=1.0,
         )
+        trainer.begin()
         method.train()
         return trainer
 

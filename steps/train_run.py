@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllm_core.backbone.backbone import Backbone
 from dllm_core.corruption.noise import NoiseSource
 from dllm_core.data.sequences import SequenceSet
 from dllm_core.data.trajectories import TrajectoryStore
@@ -39,14 +38,15 @@ _WORDS_EVERY_S = 2.0
 
 
 def build_method(job: TrainJob) -> Method:
-    """Return the row's method on the base model, fp32, on the job's device."""
+    """Return the row's untrained method, fp32, on the job's device; new modules are drawn from the row's seed."""
     import torch
 
     around = job.around
     if around.spec.runtime.threads is not None:
         torch.set_num_threads(around.spec.runtime.threads)
-    backbone = Backbone.from_pretrained(around.model.path, dtype=torch.float32, device=around.device)
-    return room_method(job.room)(backbone, job.options)
+    with torch.random.fork_rng():  # modules that the base model does not have start alike in every process
+        torch.manual_seed(job.seed)
+        return room_method(job.room).from_base(Path(around.model.path), job.options, device=around.device)
 
 
 class Recorder:

@@ -38,6 +38,7 @@ def extract(job: TrainJob, student: Path | None, payload: Path) -> dict[str, Any
     model = build_method(job.branch or job)
     if student is not None:
         load_weights(read_checkpoint(student / CHECKPOINT), model)
+    assert model.backbone is not None, "a student is the backbone itself"
     backbone = model.backbone.to(torch.bfloat16 if job.settings.dtype == "bf16" else torch.float32).eval()
     identity = trajectory_identity(request=job.trajectory_request().key(), need=asdict(need))
     (payload / "identity.json").write_text(json.dumps(identity), encoding="utf-8")

@@ -34,6 +34,13 @@ class SampleOrder:
         epoch, place = divmod(index, self.num_sequences)
         return self._permutation(epoch)[place], epoch
 
+    def looped(self, index: int, sequences: int | None) -> tuple[int, int]:
+        """Return (sample id, epoch) of a presentation when only the first `sequences` of the order are looped over."""
+        if sequences is None or sequences >= self.num_sequences:
+            return self[index]
+        epoch, place = divmod(index, sequences)
+        return self[place][0], epoch
+
     def presented(self, count: int) -> list[int]:
         """Return the distinct sample ids among the first `count` presentations, ascending."""
         if count >= self.num_sequences:

@@ -13,11 +13,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from dllm_core.errors import DllmError
 from dllm_core.methods.requirements import Capabilities, RoomOptions
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from dllm_core.data.anchors import AnchorStore
     from dllm_core.data.batch import Batch
     from dllm_core.data.order import SampleOrder
+    from dllm_core.data.sequences import SequenceSet
     from dllm_core.data.trajectories import TrajectoryStore
 
 
@@ -72,7 +74,7 @@ class StepInfo:
 
 @dataclass
 class Resources:
-    """Stores a room may read while it trains; those it did not ask for are None."""
+    """Stores a room may read while it trains or is diagnosed; those it did not ask for are None."""
 
     anchors: AnchorStore | None = None
     trajectories: TrajectoryStore | None = None
@@ -191,7 +193,7 @@ class Method(nn.Module, ABC):
     """A way to turn an autoregressive checkpoint into a language model that decodes in parallel.
 
     Args:
-        backbone: the converted checkpoint (or None for rooms that generate without one).
+        backbone: the converted checkpoint; None for a room that trains networks of its own and holds no backbone.
         options: the room's validated options.
 
     Attributes:
@@ -199,9 +201,10 @@ class Method(nn.Module, ABC):
     """
 
     options: RoomOptions
+    backbone: Backbone | None
     directory: Path | None = None
 
-    def __init__(self, backbone: Backbone, options: RoomOptions) -> None:
+    def __init__(self, backbone: Backbone | None, options: RoomOptions) -> None:
         super().__init__()
         self.backbone = backbone
         self.options = options
@@ -210,6 +213,11 @@ class Method(nn.Module, ABC):
     @property
     def capabilities(self) -> Capabilities:
         return self.options.capabilities()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are: the device of the first parameter."""
+        return next(self.parameters()).device
 
     @property
     def tokenizer(self) -> Any:
@@ -234,6 +242,44 @@ class Method(nn.Module, ABC):
         """Return (sample id, epoch) for each sequence of this step; by default the grid's common order."""
         start = info.step * info.batch_size
         return [order[i] for i in range(start, start + info.batch_size)]
+
+    def prepare(self, sequences: SequenceSet, samples: Sequence[int], resources: Resources) -> None:
+        """Take statistics of the training data before the first step of a fresh run.
+
+        Called once, before the optimiser takes its master copies, and never after a restore: all that it computes has
+        to lie in parameters or persistent buffers, which every checkpoint keeps. It changes neither their shapes nor
+        which of them are trained. (A frozen parameter that changes *later*, e.g. an average, belongs in a buffer.)
+
+        Args:
+            sequences: the training set.
+            samples: distinct training sequences that this run will present, in order of first presentation.
+            resources: stores the room reads.
+        """
+
+    def freeze(self, rules: Sequence[str]) -> None:
+        """Exclude parts from training (`train.freeze`); by default the backbone's.
+
+        Raises:
+            DllmError: an unknown rule, or a room without a backbone.
+        """
+        self._require_backbone("train.freeze").freeze(rules)
+
+    def enable_activation_checkpointing(self) -> None:
+        """Recompute activations in the backward pass (`train.activation_checkpointing`); by default the backbone's.
+
+        Raises:
+            DllmError: a room without a backbone.
+        """
+        self._require_backbone("train.activation_checkpointing").enable_activation_checkpointing()
+
+    def _require_backbone(self, setting: str) -> Backbone:
+        if self.backbone is None:
+            room = type(self).__module__.removeprefix("dllm_core.methods.").split(".")[0]
+            raise DllmError(
+                f"{setting} is set, but the method '{room}' trains networks of its own and no backbone.",
+                f"Leave {setting} unset for this cell (cells.NAME.{setting}).",
+            )
+        return self.backbone
 
     @abstractmethod
     def corrupt(self, batch: Batch, info: StepInfo, noise: NoiseSource) -> Corrupted:
@@ -268,6 +314,16 @@ class Method(nn.Module, ABC):
         """Return the exact -log p of the response tokens (capability `exact_likelihood`)."""
         raise NotImplementedError(f"{type(self).__module__} has no exact likelihood")
 
+    def diagnose(self, batch: Batch, resources: Resources, noise: NoiseSource) -> dict[str, Any]:
+        """Return JSON-able figures of health (capability `diagnostics`).
+
+        Args:
+            batch: held-out sequences, all of which are in `resources.anchors` where the room's need says `heldout`.
+            resources: stores the room reads.
+            noise: keyed randomness of the measurement.
+        """
+        return {}
+
     @abstractmethod
     def sample(
         self,
@@ -288,6 +344,29 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def save_pretrained(self, directory: Path) -> None:
         """Write weights and config so that `from_pretrained` gives the same model."""
+
+    @classmethod
+    def from_base(
+        cls,
+        directory: Path,
+        options: RoomOptions,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """Build the untrained method from the converted base model; global randomness is seeded by the caller.
+
+        A room that needs no backbone in memory overrides this and reads single tensors (the embedding table).
+
+        Args:
+            directory: the converted checkpoint.
+            options: the room's validated options.
+            device: of the weights.
+            dtype: of the weights; training starts from fp32.
+        """
+        from dllm_core.backbone.backbone import Backbone
+
+        return cls(Backbone.from_pretrained(directory, dtype=dtype, device=device), options)
 
     @classmethod
     @abstractmethod

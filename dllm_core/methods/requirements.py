@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-StateClass = Literal["response_predictors", "all"]
+StateClass = Literal["response_predictors", "response", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,11 +17,17 @@ class AnchorNeed:
 
     Attributes:
         layers: "embed", 1-indexed block outputs "1".."N-1", and "final" (the last block after the final norm).
-        positions: "all", or only the rows whose next token is a response token (what alignment reads).
+        positions: "all"; "response", the rows of response tokens (what a text encoder reads); or
+            "response_predictors", the rows whose next token is a response token (what alignment reads).
+        heldout: states of the held-out sequences are read too, by `Method.diagnose`.
+        sequences: the room loops over this many distinct training sequences, the first of the common order; its
+            `select_samples` must agree (`SampleOrder.looped`). None: the whole training set.
     """
 
     layers: tuple[str, ...]
     positions: StateClass = "all"
+    heldout: bool = False
+    sequences: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +82,8 @@ class Capabilities:
         streaming: `generate` can send drafts to a streamer.
         exact_cache: cached decoding equals uncached decoding.
         speed_group: rows of one group run the same network and must tie in speed at equal steps.
+        diagnostics: `diagnose` returns figures of health on held-out sequences.
+        latent: generates through continuous latents: no masks, no bound on the likelihood.
     """
 
     trains: bool = True
@@ -85,6 +94,46 @@ class Capabilities:
     streaming: bool = False
     exact_cache: bool = False
     speed_group: str | None = None
+    diagnostics: bool = False
+    latent: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseShape:
+    """The base model as far as the size of a room's own networks follows from it.
+
+    Attributes:
+        hidden: width of its states.
+        layers: number of blocks.
+        vocab: rows of the converted embedding: tokens, mask row and padding.
+        parameters: of the converted model; a tied matrix counts once.
+    """
+
+    hidden: int
+    layers: int
+    vocab: int
+    parameters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkCost:
+    """What networks of a room's own cost.
+
+    Attributes:
+        trainable: module -> trained parameters, in the order of the table that `--dry-run` prints.
+        frozen: parameters that are kept in memory besides and not trained.
+        flops_per_response_token: operations of training, forward and backward of all parts, for a response token
+            that is presented once (prompts and extra passes included).
+    """
+
+    trainable: Mapping[str, int]
+    frozen: int
+    flops_per_response_token: float
+
+    @property
+    def num_trainable(self) -> int:
+        """Trained parameters of all modules."""
+        return sum(self.trainable.values())
 
 
 class RoomOptions(BaseModel):
@@ -103,3 +152,7 @@ class RoomOptions(BaseModel):
     def cost_factor(self) -> float:
         """Return training FLOPs relative to one masked-CE pass over the same sequence (for estimates and budgets)."""
         return 1.0
+
+    def network(self, base: BaseShape) -> NetworkCost | None:
+        """Return sizes of the room's own networks on such a base; None where the base model itself is trained."""
+        return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from dllm_core.training.optimiser import MasterAdamW
 from dllm_core.training.result import Counters, TrainResult
 from dllm_core.training.schedule import check_starts, learning_rate_scale, phase_starts, step_info
 from dllm_core.training.settings import TrainSettings
+from dllm_core.training.tensor_file import checksum
 
 Metrics = dict[str, Any]
 
@@ -105,21 +106,21 @@ class Trainer:
         self.starts = settings.phase_starts or phase_starts(self.phases, settings.steps)
         check_starts(self.starts, self.phases, settings.steps)
         self.counters = Counters()
-        self._prepare_method()
-        self.device = next(method.parameters()).device
+        self._optimiser: MasterAdamW | None = None
+        self._prepared: frozenset[str] = frozenset()  # frozen parameters that `Method.prepare` filled
+        if settings.freeze:
+            method.freeze(settings.freeze)
+        if settings.activation_checkpointing:
+            method.enable_activation_checkpointing()
+        self.device = method.device
         dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
         self.peak_flops = peak_flops or hardware.peak_flops(self.device.type, dtype)
 
-    def _prepare_method(self) -> None:
-        method, settings = self.method, self.settings
-        if settings.freeze:
-            method.backbone.freeze(settings.freeze)
-        if settings.activation_checkpointing:
-            method.backbone.enable_activation_checkpointing()
-        names = {p: n for n, p in method.named_parameters()}
-        self.trainable = sum(p.numel() for p in names if p.requires_grad)
-        self.optimiser = MasterAdamW(method.parameter_groups(), names, settings)
-        self._aliases = {n for n, _ in method.named_parameters(remove_duplicate=False)}
+    @property
+    def optimiser(self) -> MasterAdamW:
+        """Masters and moments; there from `begin` on, since a fresh run prepares the method first."""
+        assert self._optimiser is not None, "call begin() first"
+        return self._optimiser
 
     # -- the run ----------------------------------------------------------------------------------------------------
 
@@ -135,7 +136,7 @@ class Trainer:
             DllmError: the loss or its gradient is not finite.
             KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM, once a checkpoint is written.
         """
-        step = self._restore(resume_from)
+        step = self.begin(resume_from)
         stop = self.settings.steps if stop_at is None else min(stop_at, self.settings.steps)
         if self.callbacks.on_start:
             self.callbacks.on_start(step)
@@ -158,8 +159,30 @@ class Trainer:
         self.optimiser.restore_fp32()
         return self._result(step)
 
+    def begin(self, resume_from: Path | None = None) -> int:
+        """Restore a checkpoint, or prepare the method for a fresh run; return the finished steps. `run` does this.
+
+        Args:
+            resume_from: as for `run`.
+        """
+        checkpoint = newest_checkpoint(self.workdir / "checkpoints", self.settings.identity())
+        own = checkpoint is not None
+        if checkpoint is None and resume_from is not None:
+            checkpoint = read_checkpoint(resume_from)
+        if checkpoint is None:
+            self._prepare()
+            self._build_optimiser()
+            return 0
+        tensors = checkpoint.tensors()
+        self._take_frozen(tensors, strict=own)
+        self._build_optimiser()
+        return self._load(checkpoint, tensors, strict=own)
+
     def step(self, step: int) -> Metrics:
-        """Do 0-based optimiser step `step` and return its metrics; `run` does this and all that surrounds it."""
+        """Do 0-based optimiser step `step` and return its metrics; `run` does this and all that surrounds it.
+
+        Whoever drives the steps calls `begin` before the first.
+        """
         started = time.perf_counter()
         settings = self.settings
         info = step_info(step, self.phases, self.starts, steps=settings.steps, batch_size=settings.batch_size)
@@ -263,22 +286,48 @@ class Trainer:
         return write_checkpoint(self.workdir / "checkpoints", step, self._state_tensors(), state)
 
     def _state_tensors(self) -> dict[str, Tensor]:
-        tensors = self.optimiser.state_tensors()
+        tensors = self.optimiser.state_tensors() | self.optimiser.frozen_tensors(sorted(self._prepared))
         for name, value in self.method.state_dict().items():
             if name not in self._aliases and isinstance(value, Tensor):
                 tensors[f"state/{name}"] = value
         return tensors
 
-    def _restore(self, resume_from: Path | None) -> int:
-        own = newest_checkpoint(self.workdir / "checkpoints", self.settings.identity())
-        if own is not None:
-            return self._load(own, strict=True)
-        if resume_from is not None:
-            return self._load(read_checkpoint(resume_from), strict=False)
-        return 0
+    def _prepare(self) -> None:
+        """Let the method take its statistics; note which frozen parameters that filled."""
+        if type(self.method).prepare is Method.prepare:
+            return
+        started = time.perf_counter()
+        trained = [n for n, p in self.method.named_parameters() if p.requires_grad]
+        before = self._frozen_digests()
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(_step_seed(self.settings.seed, -1))
+            self.method.prepare(self.sequences, self._presented(self.settings.steps), self.resources)
+        assert trained == [n for n, p in self.method.named_parameters() if p.requires_grad], "prepare froze something"
+        after = self._frozen_digests()
+        self._prepared = frozenset(name for name, digest in after.items() if digest != before[name])
+        synchronise(self.device)
+        self.counters.wall_s += time.perf_counter() - started
 
-    def _load(self, checkpoint: Checkpoint, *, strict: bool) -> int:
-        tensors = checkpoint.tensors()
+    def _frozen_digests(self) -> dict[str, int]:
+        return {n: checksum(p.detach()) for n, p in self.method.named_parameters() if not p.requires_grad}
+
+    def _build_optimiser(self) -> None:
+        names = {p: n for n, p in self.method.named_parameters()}
+        self.trainable = sum(p.numel() for p in names if p.requires_grad)
+        self._optimiser = MasterAdamW(self.method.parameter_groups(), names, self.settings)
+        self._aliases = {n for n, _ in self.method.named_parameters(remove_duplicate=False)}
+
+    @torch.no_grad()
+    def _take_frozen(self, tensors: Mapping[str, Tensor], *, strict: bool) -> None:
+        """Restore frozen parameters that the run's preparation filled, before the optimiser rounds them."""
+        own = {n: p for n, p in self.method.named_parameters() if not p.requires_grad}
+        kept = {n.removeprefix("frozen/"): t for n, t in tensors.items() if n.startswith("frozen/")}
+        assert not strict or kept.keys() <= own.keys(), f"the method no longer has {kept.keys() - own.keys()}"
+        for name in kept.keys() & own.keys():
+            own[name].copy_(kept[name])
+        self._prepared = frozenset(kept.keys() & own.keys())
+
+    def _load(self, checkpoint: Checkpoint, tensors: Mapping[str, Tensor], *, strict: bool) -> int:
         for name, master in self.optimiser.masters.items():
             found = tensors.get(f"param/{name}")
             if found is None or found.shape != master.shape:
@@ -313,18 +362,18 @@ class Trainer:
             peak_memory_gb=counters.peak_memory_gb,
             trainable_params=self.trainable,
             new_params=self.method.num_new_parameters(),
-            distinct_samples=self._distinct_samples(step),
+            distinct_samples=len(self._presented(step)),
             final_losses=counters.final_losses(),
         )
 
-    def _distinct_samples(self, steps: int) -> int:
-        seen: set[int] = set()
+    def _presented(self, steps: int) -> list[int]:
+        """Return the distinct samples of the first steps, in order of first presentation."""
+        settings = self.settings
+        seen: dict[int, None] = {}
         for step in range(steps):
-            info = step_info(
-                step, self.phases, self.starts, steps=self.settings.steps, batch_size=self.settings.batch_size
-            )
-            seen.update(sample for sample, _ in self.method.select_samples(self.order, info))
-        return len(seen)
+            info = step_info(step, self.phases, self.starts, steps=settings.steps, batch_size=settings.batch_size)
+            seen |= dict.fromkeys(sample for sample, _ in self.method.select_samples(self.order, info))
+        return list(seen)
 
 
 def _step_seed(seed: int, step: int) -> int:

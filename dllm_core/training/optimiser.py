@@ -10,7 +10,7 @@ Memory per trainable parameter: bf16 18 bytes (2 weight, 4 master, 4 gradient, 8
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,8 +50,8 @@ class MasterAdamW:
             for parameter in members:
                 self._adopt(names[parameter], parameter)
             optimiser_groups += self._split(group, [(names[p], p.ndim) for p in members])
-        self._frozen = [(p, p.detach()) for p, name in names.items() if name not in self.parameters]
-        for parameter, _ in self._frozen:
+        self._frozen = {name: (p, p.detach()) for p, name in names.items() if name not in self.parameters}
+        for parameter, _ in self._frozen.values():
             parameter.data = parameter.data.to(self.compute_dtype)
         self._adamw = torch.optim.AdamW(
             optimiser_groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True
@@ -137,10 +137,14 @@ class MasterAdamW:
             hook.remove()
         for name, parameter in self.parameters.items():
             parameter.data = self.masters[name].detach()
-        for parameter, original in self._frozen:
+        for parameter, original in self._frozen.values():
             parameter.data = original
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def frozen_tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return frozen parameters by name, as they were before the compute dtype ("frozen/...")."""
+        return {f"frozen/{name}": self._frozen[name][1] for name in names}
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return masters and moments by name ("param/...", "exp_avg/...", "exp_avg_sq/...", "updates/...")."""

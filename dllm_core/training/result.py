@@ -20,7 +20,7 @@ class TrainResult:
         positions: token positions forwarded, extra views included.
         flops: floating-point operations of all forwards and backwards.
         teacher_flops: of those, spent on a frozen teacher while training.
-        wall_s: seconds of training; checkpoints and text samples are not counted.
+        wall_s: seconds of training and of preparing for it; checkpoints and text samples are not counted.
         tokens_per_s: response tokens a second of that.
         peak_memory_gb: largest memory of the process (CPU) or allocated on the device, in 1e9 bytes.
         trainable_params: parameters that were trained.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -47,12 +48,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
             digest.update(piece)
             file.write(piece)
         for tensor in tensors.values():
-            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            raw = _raw(tensor)
             digest.update(raw)
             file.write(raw)
         file.flush()
         os.fsync(file.fileno())
     return 8 + len(head) + offset, digest.hexdigest()
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def checksum(tensor: Tensor) -> int:
+    """Return the CRC-32 of a tensor's bytes."""
+    return zlib.crc32(_raw(tensor)) if tensor.numel() else 0
 
 
 def file_digest(path: Path) -> str:

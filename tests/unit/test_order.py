@@ -59,3 +59,11 @@ def test_order_is_pinned_and_torch_free() -> None:
 
 # Written down once: a change here means that every cached training run sees other data.
 PINNED = [(3, 0), (5, 0), (1, 0), (0, 0), (2, 0), (4, 0)]
+
+
+def test_a_looped_order_repeats_its_first_sequences_and_counts_the_rounds() -> None:
+    order = SampleOrder(10, seed=3)
+    first = [order[i][0] for i in range(4)]
+    assert [order.looped(i, 4) for i in range(10)] == [(first[i % 4], i // 4) for i in range(10)]
+    for sequences in (None, 10, 99):
+        assert [order.looped(i, sequences) for i in range(25)] == [order[i] for i in range(25)]

@@ -20,6 +20,9 @@ from tests.training_toy import LENGTH, NUM, PROMPT, SETTINGS, ToyMethod, make_tr
 def _gradients(tmp_path: Path, micro: int | None, dtype: str = "fp32") -> dict[str, torch.Tensor]:
     trainer = make_trainer(tmp_path, replace(SETTINGS, batch_size=8, micro_batch_size=micro, dtype=dtype))
     seen: dict[str, torch.Tensor] = {}
+    begin = trainer.begin
+    trainer.begin = lambda resume_from=None: 0  # type: ignore[method-assign]  # it is done here, before the spy
+    begin()
     step = trainer.optimiser.step
 
     def spy(scale: float) -> float:

@@ -56,7 +56,8 @@ def extract_orders(model: Backbone | Method, batch: Batch, need: TrajectoryNeed,
     `ar_difficulty` ranks by the entropy of the causal prediction, ascending, which is a difficulty rather than a commit
     order. A sequence gets the same order alone as in a batch (up to near-ties in the confidences).
     """
-    backbone: Backbone = model.backbone if isinstance(model, Method) else model
+    backbone = model.backbone if isinstance(model, Method) else model
+    assert backbone is not None, "commit orders come from a backbone"
     responses = _responses(batch)
     steps_BL = torch.full(batch.response_BL.shape, -1, dtype=torch.int32)
     if need.mode == "student":
