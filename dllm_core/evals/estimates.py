@@ -28,9 +28,9 @@ class Estimate:
 def cluster_se(residuals: Sequence[float], groups: Sequence[int] | None, total: float) -> float | None:
     """Return the standard error of a ratio sum / total from each sequence's residual sum - value * weight.
 
-    The linearised, cluster-robust form: se^2 = G / (G - 1) * sum_g (sum of the group's residuals)^2 / total^2 over the G
-    groups. Each sequence is a group of its own without `groups`, which is the textbook ratio estimator. None below two
-    groups. Few groups make it too small rather than too large.
+    The linearised, cluster-robust form: se^2 = G / (G - 1) * sum_g (sum of the group's residuals)^2 / total^2 over the
+    G groups. Each sequence is a group of its own without `groups`, which is the textbook ratio estimator. None below
+    two groups. Few groups make it too small rather than too large.
 
     Args:
         residuals: one number a sequence.

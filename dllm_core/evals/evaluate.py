@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -80,12 +80,13 @@ class _Meter:
 
 def heldout_prompts(heldout: SequenceSet, settings: EvalSettings) -> Prompts:
     """Return the prompts of the frontier: the same for every row and for the reference text."""
-    return prompts_of(
+    found = prompts_of(
         _head(heldout, len(heldout)),
         prompt_tokens=settings.prompt_tokens,
         response_tokens=settings.response_tokens,
         limit=settings.frontier_samples,
     )
+    return replace(found, groups=heldout.groups(found.sample_ids))
 
 
 def evaluate(
@@ -119,18 +120,20 @@ def evaluate(
     masked = _head(heldout, settings.mask_ratio_sequences)
     prompts = heldout_prompts(heldout, settings)
     meter = _Meter(_work(method, batch, masked, prompts, settings), on_progress)
-    likelihoods = _likelihoods(method, batch, settings, noise, meter)
+    found = _likelihoods(method, batch, settings, noise, meter)
+    likelihoods = {name: sums.grouped(heldout.groups(batch.sample_ids)) for name, sums in found.items()}
     metrics: dict[str, Any] = {
         **_likelihood_metrics(likelihoods, heldout.num_bytes_N[: len(batch)].tolist()),
         "block_size": settings.block_size,
         "unigram_nats_per_token": unigram_nll(batch, train_counts_V, heldout.num_tokens).per_token().value,
-        **_masked_metrics(method, masked, settings, noise, meter),
+        **_masked_metrics(method, masked, heldout.groups(masked.sample_ids), settings, noise, meter),
         "prediction_strip": _strip(method, batch, noise, tokenizer) if method.capabilities.nelbo else None,
     }
     metrics |= _text_metrics(method, prompts, judge, settings, noise, tokenizer, meter)
     metrics |= {
         "reference_text": reference_text,
         "num_sequences": len(batch),
+        "num_documents": _num_documents(heldout, batch),
         "num_scored_tokens": int(batch.response_BL.sum()),
         "dtype": dtype,
         "per_sequence": {name: sums.as_json() for name, sums in likelihoods.items()},
@@ -141,6 +144,11 @@ def evaluate(
 
 def _head(heldout: SequenceSet, count: int) -> Batch:
     return heldout.batch_of(range(min(count, len(heldout))))
+
+
+def _num_documents(heldout: SequenceSet, batch: Batch) -> int | None:
+    groups = heldout.groups(batch.sample_ids)
+    return None if groups is None else len(set(groups))
 
 
 def _work(method: Method, batch: Batch, masked: Batch, prompts: Prompts, settings: EvalSettings) -> int:
@@ -194,7 +202,12 @@ def _likelihood_metrics(found: dict[str, SequenceSums], num_bytes: list[float]) 
 
 
 def _masked_metrics(
-    method: Method, batch: Batch, settings: EvalSettings, noise: NoiseSource, meter: _Meter
+    method: Method,
+    batch: Batch,
+    groups: tuple[int, ...] | None,
+    settings: EvalSettings,
+    noise: NoiseSource,
+    meter: _Meter,
 ) -> dict[str, Any]:
     if not method.capabilities.nelbo:
         return {"masked_accuracy": {}, "masked_nll": {}}
@@ -207,8 +220,8 @@ def _masked_metrics(
         on_views=meter.start("masked accuracy"),
     )
     return {
-        "masked_accuracy": {f"{r:g}": s.accuracy.per_token().as_json() for r, s in found.items()},
-        "masked_nll": {f"{r:g}": s.nll.per_token().as_json() for r, s in found.items()},
+        "masked_accuracy": {f"{r:g}": s.accuracy.grouped(groups).per_token().as_json() for r, s in found.items()},
+        "masked_nll": {f"{r:g}": s.nll.grouped(groups).per_token().as_json() for r, s in found.items()},
     }
 
 

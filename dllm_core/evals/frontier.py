@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dllm_core.corruption.noise import NoiseSource
 from dllm_core.evals.judge import Judge
+from dllm_core.evals.overlap import overlap_statistics
 from dllm_core.evals.prompts import Prompts
 from dllm_core.evals.text_stats import shuffle_ngrams, text_statistics
 from dllm_core.evals.views import device_of
@@ -84,7 +85,7 @@ def continue_prompts(
 def judged(
     judge: Judge, prompts: Prompts, texts: Sequence[Tensor], noise: NoiseSource, *, shuffle_n: int = SHUFFLE_N
 ) -> dict[str, Any]:
-    """Return a judge's perplexity and the text statistics of some continuations.
+    """Return a judge's perplexity, the text statistics and the overlap with the references of some continuations.
 
     `shuffle_gap_nats` is how much the judge's nats per token rise when each text's 4-grams are permuted: text with
     structure beyond 4-grams opens a gap, a bag of fragments does not.
@@ -95,7 +96,7 @@ def judged(
         shuffle_ngrams(ids, shuffle_n, noise.generator(sample, 0, f"shuffle {shuffle_n}"))
         for ids, sample in zip(written, prompts.sample_ids, strict=True)
     ]
-    plain = judge.score(given, written).per_token()
+    plain = judge.score(given, written).grouped(prompts.groups).per_token()
     return {
         "judge_ppl": _exp(plain.value),
         "judge_nats_per_token": plain.as_json(),
@@ -103,12 +104,17 @@ def judged(
         "shuffle_gap_nats": judge.score(given, shuffled).per_token().value - plain.value,
         "num_samples": len(written),
         **text_statistics(written),
+        **overlap_statistics(written, [r.tolist() for r in prompts.references], prompts.groups),
     }
 
 
 def reference_statistics(judge: Judge, prompts: Prompts, noise: NoiseSource) -> dict[str, Any]:
-    """Return the figures of the held-out continuations, and the judge's perplexity of the same tokens shuffled."""
-    figures = judged(judge, prompts, prompts.references, noise)
+    """Return the figures of the held-out continuations, and the judge's perplexity of the same tokens shuffled.
+
+    Of the overlaps only `overlap_n_other` says something here: what any two held-out texts have in common.
+    """
+    found = judged(judge, prompts, prompts.references, noise)
+    figures = {k: v for k, v in found.items() if not k.startswith("overlap") or k.endswith("_other")}
     given = [p.tolist() for p in prompts.ids]
     tokens = [
         shuffle_ngrams(ids.tolist(), 1, noise.generator(sample, 0, "shuffle 1"))

@@ -17,18 +17,22 @@ class Prompts:
         ids: one 1-D int64 tensor a prompt.
         references: the held-out tokens after each prompt.
         sample_ids: the sequence each came from; keys the noise.
+        groups: the document each came from, None where unknown; prompts of one document are not independent.
     """
 
     ids: tuple[Tensor, ...]
     references: tuple[Tensor, ...]
     sample_ids: tuple[int, ...]
+    groups: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def part(self, start: int, stop: int) -> Prompts:
         """Return prompts start..stop-1."""
-        return Prompts(self.ids[start:stop], self.references[start:stop], self.sample_ids[start:stop])
+        part = slice(start, stop)
+        groups = None if self.groups is None else self.groups[part]
+        return Prompts(self.ids[part], self.references[part], self.sample_ids[part], groups)
 
 
 def prompts_of(batch: Batch, *, prompt_tokens: int, response_tokens: int, limit: int) -> Prompts:

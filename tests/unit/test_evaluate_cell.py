@@ -41,6 +41,7 @@ METRICS = {
     "history",
     "prediction_strip",
     "num_sequences",
+    "num_documents",
     "num_scored_tokens",
     "eval_s",
     "dtype",
