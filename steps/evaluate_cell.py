@@ -14,7 +14,8 @@ from steps.machine import probe
 if TYPE_CHECKING:
     from dllm_core.evals.evaluate import EvalSettings
     from dllm_core.evals.judge import Judge
-    from dllm_core.methods.protocol import Method
+    from dllm_core.methods.protocol import Method, Resources
+    from dllm_core.methods.requirements import RoomOptions
     from params.schema import GridSpec, RowSpec
     from steps.context import Context
     from steps.prepare_data import DataArtifact
@@ -83,6 +84,7 @@ def evaluate_cell(
     model: ModelArtifact,
     data: DataArtifact,
     ctx: Context,
+    anchors: Any = None,
 ) -> Evaluation:
     """Measure a row on held-out text, or find the result.
 
@@ -93,14 +95,22 @@ def evaluate_cell(
         model: the base model: judge, and weights of rows without their own.
         data: held-out sequences, and training frequencies for the unigram floor.
         ctx: run context.
+        anchors: frozen-teacher states (`AnchorArtifact`), read by rows whose figures of health need those of held-out
+            sequences; without them such rows have no figures of health.
     """
     machine = probe(spec.runtime.device, spec.runtime.threads)
     dtype = machine.dtype(spec.eval.dtype)
     directory = weights_dir(trained, model)
     reference = _reference_text(spec, model, data, ctx, dtype, machine.device)
+    options = room_options(row.cell.method).model_validate(row.cell.options)
+    reads_states = _reads_heldout_states(options, model)
+    states = anchors if reads_states else None
+    if reads_states and states is None:
+        ctx.log(f"{row.row_id}: no states of held-out sequences at hand, so its figures of health are left out")
 
     def build(payload: Path, work: Path) -> dict[str, Any]:
-        metrics = _measure(spec, row, directory, model, data, ctx, dtype, machine.device, reference)
+        resources = None if reads_states and states is None else _resources(states)
+        metrics = _measure(spec, row, directory, model, data, resources, ctx, dtype, machine.device, reference)
         (payload / "metrics.json").write_text(json.dumps(metrics, indent=1))
         return metrics
 
@@ -109,12 +119,13 @@ def evaluate_cell(
         {
             **_fields(spec, dtype, machine.device),
             "method": row.cell.method,
-            "options": room_options(row.cell.method).model_validate(row.cell.options).model_dump(mode="json"),
+            "options": options.model_dump(mode="json"),
         },
         inputs={
             "weights": weights_identity(directory, model),
             "data": data.fingerprint,
             "judge": _judge_identity(spec, model),
+            **({} if states is None else {"anchors": f"{states.teacher} {states.dtype}"}),
         },
         roots=["steps.evaluate_cell", f"dllm_core.methods.{row.cell.method}"],
         libraries=LIBRARIES,
@@ -123,6 +134,20 @@ def evaluate_cell(
     )
     path = str(entry.path / "metrics.json")
     return Evaluation(path, entry.result, entry.key, entry.hit, entry.origin, entry.seconds)
+
+
+def _reads_heldout_states(options: RoomOptions, model: ModelArtifact) -> bool:
+    """Return whether a room's figures of health need the frozen teacher's states of held-out sequences."""
+    if not options.capabilities().diagnostics:
+        return False
+    need = options.requirements(model.num_layers).anchors
+    return need is not None and need.heldout
+
+
+def _resources(anchors: Any) -> Resources:
+    from dllm_core.methods.protocol import Resources
+
+    return Resources(anchors=None if anchors is None else anchors.open())
 
 
 def _fields(spec: GridSpec, dtype: str, device: str) -> dict[str, Any]:
@@ -210,6 +235,7 @@ def _measure(
     directory: Path,
     model: ModelArtifact,
     data: DataArtifact,
+    resources: Resources | None,
     ctx: Context,
     dtype: str,
     device: str,
@@ -233,5 +259,6 @@ def _measure(
         reference_text=reference,
         tokenizer=AutoTokenizer.from_pretrained(model.path, local_files_only=True),
         dtype=dtype,
+        resources=resources,
         on_progress=lambda done, total, doing: progress(done, total, measuring=doing),
     )

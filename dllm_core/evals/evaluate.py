@@ -13,6 +13,7 @@ from torch import Tensor
 from dllm_core.corruption.noise import NoiseSource
 from dllm_core.data.batch import Batch
 from dllm_core.data.sequences import SequenceSet
+from dllm_core.evals.diagnostics import diagnostics
 from dllm_core.evals.estimates import SequenceSums
 from dllm_core.evals.frontier import Frontier, frontier
 from dllm_core.evals.judge import Judge
@@ -21,7 +22,7 @@ from dllm_core.evals.masked_accuracy import masked_accuracy, prediction_strip
 from dllm_core.evals.nelbo import block_nelbo, nelbo, num_block_views
 from dllm_core.evals.prompts import Prompts, prompts_of
 from dllm_core.evals.unigram import unigram_nll
-from dllm_core.methods.protocol import Method
+from dllm_core.methods.protocol import Method, Resources
 
 STRIP_RATIO = 0.5
 NUM_SAMPLES = 2
@@ -99,6 +100,7 @@ def evaluate(
     reference_text: dict[str, Any],
     tokenizer: Any,
     dtype: str,
+    resources: Resources | None = None,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """Return the metrics of one row, JSON-able.
@@ -112,6 +114,7 @@ def evaluate(
         reference_text: figures of the held-out continuations (`reference_statistics`), the same for all rows.
         tokenizer: decodes samples.
         dtype: name of the compute type, for the record.
+        resources: stores for the room's figures of health, with the held-out sequences in them; None: no such figures.
         on_progress: called with (done, total, what is being measured).
     """
     started = time.perf_counter()
@@ -131,6 +134,7 @@ def evaluate(
     }
     metrics |= _text_metrics(method, prompts, judge, settings, noise, tokenizer, meter)
     metrics |= {
+        "diagnostics": diagnostics(method, batch, resources, noise),
         "reference_text": reference_text,
         "num_sequences": len(batch),
         "num_documents": _num_documents(heldout, batch),

@@ -46,6 +46,7 @@ METRICS = {
     "eval_s",
     "dtype",
     "per_sequence",
+    "diagnostics",
 }
 
 
