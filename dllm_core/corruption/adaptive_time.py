@@ -6,7 +6,8 @@ to dL/dt. No importance weights enter the loss.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,40 +23,52 @@ UNIFORM_SHARE = 0.01
 class AdaptiveTimes(nn.Module):
     """Keeps a running loss per bin of t and draws times accordingly. All state is float64 persistent buffers.
 
-    Per bin an exponential average over *samples* with bias correction: n samples of mean m change it as n updates by m
-    would, average <- decay^n average + (1 - decay^n) m. At a refresh the averages are made monotone by a running max,
-    taken as L at the bins' centres, interpolated to their edges, and the rise across each bin becomes its probability;
-    t is uniform inside a bin. Bins without any sample take the value between their neighbours. t is uniform until the
-    first refresh.
+    Per bin a sum of per-sample losses and a count, both forgotten by the same factor 1 - 1 / memory every step: their
+    ratio is an exponential average with its bias corrected. One clock for all bins, not one per bin that ticks when it
+    is visited: the loss falls while a model learns, and a bin that is seldom visited would keep the losses of long ago
+    and stand out. What is common to all bins cancels in the density.
+
+    At a refresh neighbouring bins are pooled until each group holds `pool` samples (noise would otherwise pass for
+    slope: with few samples per bin a running max turns it into a handful of jumps), the groups' means are made
+    monotone by a running max and joined by straight lines, and the rise across each bin becomes its probability; t is
+    uniform inside a bin. t is uniform until the first refresh.
 
     What a step observes is summed per bin and enters once, in `end_step`: splitting a batch changes nothing.
 
     Args:
         refresh_every: steps between refreshes, scaled to the run (5,000 of 200,000 in the lineage).
         bins: equal bins of [t_min, 1].
-        decay: per sample of a bin; 1 / (1 - decay) samples are remembered. A short run needs a shorter memory.
+        memory: steps remembered; by default those between two refreshes.
+        pool: remembered samples that make a mean trustworthy; 0 pools only what is empty.
         t_min: smallest time drawn.
     """
 
-    average: Tensor
-    weight: Tensor
+    loss_sum: Tensor
+    loss_count: Tensor
     cdf: Tensor
     pending_sum: Tensor
     pending_count: Tensor
     steps: Tensor
 
-    def __init__(self, refresh_every: int, bins: int = 100, decay: float = 0.999, t_min: float = 1e-3) -> None:
+    def __init__(
+        self, refresh_every: int, bins: int = 100, memory: int | None = None, pool: float = 100.0, t_min: float = 1e-3
+    ) -> None:
         super().__init__()
-        if refresh_every < 1 or bins < 2 or not 0.0 <= decay < 1.0 or not 0.0 <= t_min < 1.0:
+        self.refresh_every, self.bins, self.memory = refresh_every, bins, memory or refresh_every
+        self.pool, self.t_min = pool, t_min
+        if refresh_every < 1 or bins < 2 or self.memory < 1 or not 0.0 <= t_min < 1.0:
             raise ValueError(
-                f"refresh_every >= 1, bins >= 2, 0 <= decay < 1 and 0 <= t_min < 1 are needed, "
-                f"got {refresh_every}, {bins}, {decay} and {t_min}"
+                f"adaptive times need refresh_every >= 1, bins >= 2, memory >= 1 and 0 <= t_min < 1, "
+                f"got {refresh_every}, {bins}, {memory} and {t_min}"
             )
-        self.refresh_every, self.bins, self.decay, self.t_min = refresh_every, bins, decay, t_min
-        for name in ("average", "weight", "pending_sum", "pending_count"):
+        for name in ("loss_sum", "loss_count", "pending_sum", "pending_count"):
             self.register_buffer(name, torch.zeros(bins, dtype=torch.float64))
         self.register_buffer("cdf", torch.linspace(0, 1, bins + 1, dtype=torch.float64))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # a network cast to bf16 must not round the density: only the device follows
+        return super()._apply(lambda held: fn(held) if held.is_meta else held.to(fn(held).device), recurse)
 
     def times(self, u_B: Tensor) -> Tensor:
         """Return t(u), fp32, on the device of u; rises with u.
@@ -108,47 +121,55 @@ class AdaptiveTimes(nn.Module):
     @torch.no_grad()
     def end_step(self) -> None:
         """Take in what the step observed; refresh the density if it is time."""
-        kept = self.decay**self.pending_count
-        mean = self.pending_sum / self.pending_count.clamp(min=1)
-        self.average.mul_(kept).add_((1 - kept) * mean)
-        self.weight.mul_(kept).add_(1 - kept)
-        self.pending_sum.zero_()
-        self.pending_count.zero_()
+        kept = 1.0 - 1.0 / self.memory
+        for total, pending in ((self.loss_sum, self.pending_sum), (self.loss_count, self.pending_count)):
+            total.mul_(kept).add_(pending)
+            pending.zero_()
         self.steps += 1
         if int(self.steps) % self.refresh_every == 0:
             self.refresh()
 
     def bin_losses(self) -> Tensor:
         """Return the mean loss of each bin, float64, CPU; nan where nothing was seen."""
-        return torch.where(self.weight > 0, self.average / self.weight, torch.nan).cpu()
+        return (self.loss_sum / self.loss_count).cpu()  # 0 / 0 is nan
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Recompute the density from the running losses; unchanged while fewer than two bins have been seen."""
-        losses = _filled(self.bin_losses())
-        if losses is None:
+        """Recompute the density from the running losses; unchanged while they do not make two groups."""
+        places, losses = _pooled(self.loss_sum.cpu(), self.loss_count.cpu(), self.pool)
+        if len(places) < 2:
             return
-        rising = losses.cummax(0).values
-        edges = torch.empty(self.bins + 1, dtype=torch.float64)
-        edges[1:-1] = (rising[1:] + rising[:-1]) / 2
-        edges[0], edges[-1] = 2 * rising[0] - edges[1], 2 * rising[-1] - edges[-2]
+        edges = _line(places, losses.cummax(0).values, torch.arange(self.bins + 1, dtype=torch.float64))
         rise = edges.diff()
-        total = rise.sum()
         even = torch.full_like(rise, 1 / self.bins)
-        share = torch.where(total > 0, rise / total, even) * (1 - UNIFORM_SHARE) + even * UNIFORM_SHARE
+        share = (rise / rise.sum() if rise.sum() > 0 else even) * (1 - UNIFORM_SHARE) + even * UNIFORM_SHARE
         self.cdf[1:] = share.cumsum(0).to(self.cdf)
         self.cdf[-1] = 1.0
 
 
-def _filled(losses: Tensor) -> Tensor | None:
-    """Return the losses with gaps filled linearly and ends by the nearest; None if fewer than two are known."""
-    (known,) = (~losses.isnan()).nonzero(as_tuple=True)
-    if len(known) < 2:
-        return None
-    places = torch.arange(len(losses)).clamp(int(known[0]), int(known[-1]))
-    right = torch.searchsorted(known, places).clamp(1, len(known) - 1)
-    low, high = known[right - 1], known[right]
-    return torch.lerp(losses[low], losses[high], (places - low) / (high - low).double())
+def _pooled(loss_sum: Tensor, loss_count: Tensor, pool: float) -> tuple[Tensor, Tensor]:
+    """Return (centre in bins, mean loss) of groups of neighbouring bins with at least `pool` samples each.
+
+    Groups are closed from left to right; what is left at the right end joins the last one.
+    """
+    groups: list[list[float]] = []
+    place = total = count = 0.0
+    for j, (more, samples) in enumerate(zip(loss_sum.tolist(), loss_count.tolist(), strict=True)):
+        place, total, count = place + (j + 0.5) * samples, total + more, count + samples
+        if count >= pool and count > 0:
+            groups.append([place, total, count])
+            place = total = count = 0.0
+    if groups and count > 0:
+        groups[-1] = [old + new for old, new in zip(groups[-1], (place, total, count), strict=True)]
+    rows = torch.tensor(groups, dtype=torch.float64).reshape(-1, 3)
+    return rows[:, 0] / rows[:, 2], rows[:, 1] / rows[:, 2]
+
+
+def _line(x_N: Tensor, y_N: Tensor, at_M: Tensor) -> Tensor:
+    """Return the polygon through (x, y), x ascending, at other places; its first and last sides are prolonged."""
+    right = torch.searchsorted(x_N, at_M).clamp(1, len(x_N) - 1)
+    weight = (at_M - x_N[right - 1]) / (x_N[right] - x_N[right - 1])
+    return y_N[right - 1] + weight * (y_N[right] - y_N[right - 1])
 
 
 def stratified(noise: NoiseSource, batch: Batch, first_index: int, batch_size: int | None = None) -> Tensor:
