@@ -3,7 +3,7 @@
     python benchmarks/attention.py                                   # lengths 64 to 1024, bf16 and fp32, 2 threads
     python benchmarks/attention.py --lengths 160 --rounds 24
 
-This decides `LONGEST` and the dtype in dllm_core/backbone/attention.py: where plain products are used. Both get the
+This decides up to which length and in which dtype plain products are used (`dllm_core.layers.attention`). Both get the
 same inputs of SmolLM2's shape, with grouped keys and values, no mask and no causality, as a bidirectional row has them.
 """
 

@@ -13,7 +13,7 @@ from urllib.parse import urlparse
 
 from dllm_core.backbone.contract import read_contract
 from dllm_core.backbone.families import check_config
-from dllm_core.backbone.sources import read_config, resolve
+from dllm_core.backbone.sources import read_config, resolve, tokenizer_files
 from dllm_core.errors import DllmError, UnsupportedModelError
 from params.schema import ModelSpec, ScratchSpec
 from steps.estimates import ModelShape
@@ -79,8 +79,8 @@ def check_model(spec: ModelSpec, *, dry_run: bool = False) -> ModelFacts:
 
     Raises:
         DllmError: no such model.
-        UnsupportedModelError: not a causal language model, not of a supported family, or without weights.
-        ContractError: a converted checkpoint with another alignment.
+        UnsupportedModelError: not a causal language model, not of a supported family, or without weights or tokenizer.
+        ContractError: a converted checkpoint with another alignment, or a mask token without a row.
         MissingExtraError: an embedded model whose package is not installed.
     """
     source = spec.source
@@ -94,7 +94,13 @@ def check_model(spec: ModelSpec, *, dry_run: bool = False) -> ModelFacts:
         directory = resolve(source).path  # complains about what is no model directory, without asking the hub
         config = read_config(directory)
         if "dllm" in config:
-            read_contract(directory).require(alignment=spec.alignment)
+            contract = read_contract(directory)
+            contract.require(alignment=spec.alignment)
+            contract.require_rows(int(config.get("vocab_size", 0)))
+        if not tokenizer_files(directory):
+            raise UnsupportedModelError(
+                f"'{source}' holds no tokenizer.", "Copy the tokenizer's files (tokenizer.json and others) into it."
+            )
         return _facts(config, source, "its config.json", local=True)
     return _hub(source, dry_run)
 

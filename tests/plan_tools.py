@@ -58,9 +58,10 @@ def refused(call: Callable[[], object]) -> list[str]:
 
 
 def model_dir(path: Path, config: dict[str, Any] | str = LLAMA, weights: bool = True) -> Path:
-    """Write a model directory with a config and something that looks like weights."""
+    """Write a model directory with a config and something that looks like a tokenizer and weights."""
     path.mkdir(exist_ok=True)
     (path / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    (path / "tokenizer.json").write_text("{}")
     if weights:
         (path / "model.safetensors").write_bytes(b"")
     return path

@@ -22,7 +22,7 @@ from dllm_core.backbone import attention, masks
 from dllm_core.backbone.contract import Contract, read_contract
 from dllm_core.backbone.families import Family, check_config
 from dllm_core.backbone.loading import load_causal_lm, no_progress_bars
-from dllm_core.errors import ContractError, DllmError, did_you_mean
+from dllm_core.errors import DllmError, did_you_mean
 
 FREEZE_RULES = ("embeddings", "mlp")
 
@@ -48,12 +48,7 @@ class Backbone(nn.Module):
         self.contract = contract
         self.family: Family = check_config(model.config.to_dict(), type(model).__name__)
         rows = self.embedding_weight_VD.shape[0]
-        if not contract.num_tokens <= contract.mask_token_id < rows:
-            raise ContractError(
-                f"The contract's mask token id {contract.mask_token_id} is not among the rows "
-                f"{contract.num_tokens}..{rows - 1} above the real tokens.",
-                "Convert the base model again.",
-            )
+        contract.require_rows(rows)
         self.register_buffer("blocked_V", torch.arange(rows) >= contract.num_tokens, persistent=False)
         self._in_hidden = False
         self._fp32_buffers = {

@@ -48,6 +48,19 @@ class Contract(BaseModel):
                     "Load it with its own settings, or convert the base model again.",
                 )
 
+    def require_rows(self, rows: int) -> None:
+        """Raise unless the mask token has a row of its own in an embedding of `rows` rows.
+
+        Raises:
+            ContractError: the mask token is a real token, or beyond the last row.
+        """
+        if not self.num_tokens <= self.mask_token_id < rows:
+            raise ContractError(
+                f"The contract's mask token id {self.mask_token_id} is not among the rows "
+                f"{self.num_tokens}..{rows - 1} above the real tokens.",
+                "Convert the base model again.",
+            )
+
 
 def read_contract(directory: Path | str) -> Contract:
     """Read the contract of a converted checkpoint without loading its weights.

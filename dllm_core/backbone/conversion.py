@@ -15,7 +15,7 @@ from dllm_core.backbone.contract import Alignment, Contract, read_contract
 from dllm_core.backbone.families import Family, check_config
 from dllm_core.backbone.loading import load_causal_lm
 from dllm_core.backbone.probe import assert_bidirectional
-from dllm_core.backbone.sources import TOKENIZER_PATTERNS, read_config
+from dllm_core.backbone.sources import read_config, tokenizer_files
 
 ROW_MULTIPLE = 64
 NOISE_SHARE = 0.02
@@ -64,14 +64,13 @@ def convert(source_dir: Path | str, out_dir: Path | str, *, alignment: Alignment
 
 def copy_tokenizer(source_dir: Path | str, out_dir: Path | str) -> None:
     """Copy the tokenizer's files, whichever of them there are."""
-    for pattern in TOKENIZER_PATTERNS:
-        for path in Path(source_dir).glob(pattern):
-            shutil.copyfile(path, Path(out_dir) / path.name)
+    for path in tokenizer_files(source_dir):
+        shutil.copyfile(path, Path(out_dir) / path.name)
 
 
 def tokenizer_size(directory: Path | str) -> int | None:
     """Return 1 + the highest id that the directory's tokenizer uses, added tokens included; None without one."""
-    if not any(path for pattern in TOKENIZER_PATTERNS for path in Path(directory).glob(pattern)):
+    if not tokenizer_files(directory):
         return None
     tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     used = [*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder]

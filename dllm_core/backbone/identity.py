@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dllm_core.backbone.sources import TOKENIZER_PATTERNS, read_config, weight_files
+from dllm_core.backbone.sources import read_config, tokenizer_files, weight_files
 
 _VOLATILE = {"transformers_version", "_name_or_path"}
 
@@ -38,7 +38,7 @@ def model_identity(directory: Path | str, *, memo: Path | None = None) -> str:
 def tokenizer_identity(directory: Path | str) -> str:
     """Return the SHA-256 (hex) of a model directory's tokenizer files."""
     digest = hashlib.sha256()
-    for file in sorted({file for pattern in TOKENIZER_PATTERNS for file in Path(directory).glob(pattern)}):
+    for file in tokenizer_files(directory):
         digest.update(f"{file.name}:{hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
     return digest.hexdigest()
 

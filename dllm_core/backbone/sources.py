@@ -125,6 +125,11 @@ def weight_files(directory: Path | str) -> list[Path]:
     return sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
 
 
+def tokenizer_files(directory: Path | str) -> list[Path]:
+    """Return the files that transformers reads a tokenizer from; none where there is no tokenizer."""
+    return sorted({path for pattern in TOKENIZER_PATTERNS for path in Path(directory).glob(pattern)})
+
+
 def check_hash(path: Path, expected_sha256: str) -> None:
     """Raise unless the file's SHA-256 is the expected one.
 

@@ -25,8 +25,8 @@ def source_fingerprint(source: str) -> str:
     """
     digest = hashlib.sha256()
     if source.startswith("hf:"):
-        path, _, config = source.removeprefix("hf:").partition(":")
-        root = Path(path)
+        name, _, config = source.removeprefix("hf:").partition(":")
+        root = Path(name)
         if not root.is_dir():
             return hashlib.sha256(source.encode()).hexdigest()
         digest.update(f"hf:{config}\n".encode())
