@@ -20,7 +20,7 @@ class Ema(nn.Module):
 
     Training in bf16 the network holds rounded copies of fp32 masters (`MasterAdamW`), and the room sees only those.
     Averaging the copies in fp32 is what is meant to happen then. An average of copies differs from the average of the
-    masters by at most the largest rounding error of a copy, 2^-9 |w|: never worse than the copies that the forward
+    masters by at most the largest rounding error of a copy, 2^-8 |w|: never worse than the copies that the forward
     pass uses, and much better where a weight crosses several rounding steps within the window, since the errors then
     average out. Whoever has the masters may pass them instead.
 
