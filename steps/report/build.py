@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -14,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from steps.report import figures, summary, tables
 from steps.report.compare import PerSequence, all_pairs, is_ranked
+from steps.report.curves import health_curves, loss_curve
+from steps.report.markdown import render_markdown
 from steps.report.schema import BenchResult, CostResult, Estimate, EvalResult, Results, Row, Tie, TrainResult
 
 if TYPE_CHECKING:
     from params.schema import GridSpec
     from steps.context import Context
-
-MAX_CURVE_POINTS = 400
 
 
 @dataclass(frozen=True)
@@ -186,6 +185,7 @@ def _train(train: dict[str, Any], metrics_path: str | None) -> TrainResult:
         final_loss=train.get("final_loss"),
         tokens_per_s=train.get("tokens_per_s"),
         curve=loss_curve(Path(metrics_path)) if metrics_path else [],
+        health=health_curves(Path(metrics_path)) if metrics_path else {},
     )
 
 
@@ -220,96 +220,8 @@ def _per_sequence(rows: Sequence[RowResult]) -> dict[str, dict[str, PerSequence]
     values: dict[str, dict[str, PerSequence]] = {}
     for row in rows:
         for metric, v in ((row.evaluation or {}).get("per_sequence") or {}).items():
-            values.setdefault(metric, {})[row.row_id] = PerSequence(v["nats"], v["tokens"])
+            values.setdefault(metric, {})[row.row_id] = PerSequence(v["nats"], v["tokens"], v.get("groups"))
     return values
-
-
-def loss_curve(metrics_path: Path) -> list[dict[str, float]]:
-    """Return step, total loss and cross-entropy from metrics.jsonl, thinned to a few hundred points.
-
-    The file of a resumed run may hold a step twice; the later line counts.
-    """
-    if not metrics_path.is_file():
-        return []
-    points: dict[int, dict[str, float]] = {}
-    for line in metrics_path.read_text().splitlines():
-        entry = json.loads(line)
-        if "train/loss" not in entry:
-            continue
-        point = {"step": float(entry["step"]), "loss": entry["train/loss"]}
-        ce = entry.get("train/ce_nats")
-        points[int(entry["step"])] = point if ce is None else {**point, "ce": ce}
-    ordered = [points[s] for s in sorted(points)]
-    stride = max(1, -(-len(ordered) // MAX_CURVE_POINTS))
-    return ordered[::stride]
-
-
-def render_markdown(results: Results, lines: Sequence[str], figure_names: Sequence[str]) -> str:
-    """Return report.md."""
-    machine = results.hardware
-    hardware = ", ".join(str(v) for v in (machine.get("gpu"), machine.get("cpu"), _cores(machine)) if v)
-    head = [
-        f"# Grid {results.run_id}",
-        "",
-        f"`{results.command}`" if results.command else "",
-        f"commit {(results.git_commit or 'unknown')[:12]}{' + local changes' if results.git_dirty else ''}, "
-        f"{results.created_at}, {hardware or 'hardware not recorded'}, seeds {results.seeds}, "
-        f"budget {results.budget['value']:,.0f} {results.budget['kind']} a row.",
-        "",
-        *[f"- {line}" for line in lines],
-    ]
-    sections = [
-        ("Quality on held-out text", tables.quality_table(results), _QUALITY_NOTE),
-        ("Differences between rows", tables.comparison_table(results), _COMPARISON_NOTE),
-        ("Speed", tables.speed_table(results), _SPEED_NOTE),
-        ("Speed ratios of rows that share one network", tables.tie_table(results), _TIE_NOTE),
-        ("Cost", tables.cost_table(results), _COST_NOTE),
-        ("Generated text", tables.frontier_table(results), _FRONTIER_NOTE),
-    ]
-    body = [f"\n## {title}\n\n{table}\n\n{note}" for title, table, note in sections if table.count("\n") > 1]
-    pictures = [f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in figure_names]
-    return "\n".join([*head, *body, "\n## Figures\n", *pictures, "\n## Samples\n", _samples(results)]) + "\n"
-
-
-def _cores(machine: dict[str, Any]) -> str | None:
-    return f"{machine['threads']} threads" if "threads" in machine else None
-
-
-_QUALITY_NOTE = (
-    "Nats per response token, ± one standard error over held-out sequences. exact: the AR likelihood; NELBO: an upper "
-    "bound under random-order unmasking; block NELBO: an upper bound under left-to-right blocks. A bound is not an "
-    "exact value: the columns are not to be mixed."
-)
-_COMPARISON_NOTE = (
-    "First minus second, nats per token, ± one standard error, on the same held-out sequences and masks. Beyond 2 "
-    "standard errors a difference is more than evaluation noise; whether another training seed would give it again "
-    "is not known."
-)
-_TIE_NOTE = (
-    "Paired by round. A tie is an interval within ±3 %; overlap alone proves nothing, and under 6 rounds nothing is "
-    "resolved."
-)
-_SPEED_NOTE = "Batch 1, fixed length, EOS ignored, all rows interleaved in one process; median [95 % interval]."
-_COST_NOTE = (
-    "tokens: response tokens presented. TFLOP: all of it, teacher and extraction included. positions: token positions "
-    "forwarded, further views included. Extraction: anchors and trajectories a row reads, at their stand-alone cost, "
-    "charged to every row that reads them."
-)
-_FRONTIER_NOTE = (
-    "Judge perplexity alone can be gamed by dull or repetitive text: read it with entropy and repetition. A judge "
-    "that is the base model is labelled self-judged and ranks nothing."
-)
-
-
-def _samples(results: Results) -> str:
-    parts = []
-    for row in results.cells:
-        for sample in (row.eval.samples if row.eval else [])[:1]:
-            text = sample["continuation"].strip().replace("\n", " ")
-            parts.append(
-                f"**{row.row_id}** (T={sample.get('temperature')}): {sample['prompt'].strip()[-160:]} ⟶ {text}"
-            )
-    return "\n\n".join(parts)
 
 
 def git_state() -> tuple[str | None, bool | None]:

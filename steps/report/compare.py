@@ -6,8 +6,10 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import mean, stdev
 
+from dllm_core.evals.estimates import cluster_se
 from steps.report.schema import Comparison, Results, Row
 
 MIN_SEEDS_TO_RANK = 3
@@ -20,25 +22,28 @@ class PerSequence:
     Attributes:
         nats: summed nats of each sequence.
         tokens: scored tokens of each sequence.
+        groups: document each sequence was cut from; None where unknown.
     """
 
     nats: Sequence[float]
     tokens: Sequence[float]
+    groups: Sequence[int] | None = None
 
 
 def paired_difference(first: PerSequence, second: PerSequence, rows: tuple[str, str], metric: str) -> Comparison | None:
     """Return the paired difference of two per-token means; None when the rows were not scored on the same sequences.
 
-    The value is sum(nats_1 - nats_2) / sum(tokens); its standard error that of a ratio estimator with sequences as the
-    independent units.
+    The value is sum(nats_1 - nats_2) / sum(tokens); its standard error that of a ratio estimator, clustered by document
+    where documents are known. None also with a single document: there is no telling how sure the difference is.
     """
-    if len(first.nats) < 2 or list(first.tokens) != list(second.tokens):
+    if list(first.tokens) != list(second.tokens):
         return None
     tokens = sum(first.tokens)
     difference = sum(a - b for a, b in zip(first.nats, second.nats, strict=True)) / tokens
-    n = len(first.nats)
     residuals = [a - b - difference * t for a, b, t in zip(first.nats, second.nats, first.tokens, strict=True)]
-    se = math.sqrt(n / (n - 1) * sum(r * r for r in residuals)) / tokens
+    se = cluster_se(residuals, first.groups, tokens)
+    if se is None:
+        return None
     return Comparison(rows=rows, metric=metric, difference=difference, se=se, resolved=abs(difference) > 2 * se)
 
 
@@ -66,6 +71,29 @@ def headline_nats(row: Row) -> tuple[float, str] | None:
     if row.eval.block_nelbo_nats_per_token is not None:
         return row.eval.block_nelbo_nats_per_token.value, "block bound"
     return None
+
+
+def has_no_bound(row: Row) -> bool:
+    """Return whether a row was measured and yet has no likelihood figure, as rows that generate through latents."""
+    return row.status == "ok" and row.eval is not None and headline_nats(row) is None
+
+
+def speed_at(row: Row, steps: int | None) -> tuple[float, bool] | None:
+    """Return (tokens per second at `steps` denoising steps, whether that was measured); rows without steps have one.
+
+    Between two measured numbers of steps the time of a token is interpolated linearly, beyond them it is scaled.
+    """
+    medians = {s: b["tokens_per_s"]["median"] for s, b in (row.bench.steps if row.bench else {}).items()}
+    if "ar" in medians:
+        return medians["ar"], True
+    if not medians or not steps:
+        return None
+    seconds = sorted((int(s), 1 / speed) for s, speed in medians.items())
+    for (low, slow), (high, fast) in pairwise(seconds):
+        if low < steps < high:
+            return 1 / (slow + (fast - slow) * (steps - low) / (high - low)), False
+    nearest, taken = min(seconds, key=lambda point: abs(point[0] - steps))
+    return nearest / (taken * steps), nearest == steps
 
 
 @dataclass(frozen=True)

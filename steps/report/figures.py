@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steps.report.compare import headline_nats
+from steps.report.compare import has_no_bound, headline_nats, speed_at
 from steps.report.schema import Results
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # one colour per row in table order; colour-blind safe (Okabe-Ito), markers tell the rows apart as well
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 _MARKERS = "osD^vP*X"
+_LINES = ("-", "--", ":", "-.")
 
 
 def _style(results: Results) -> dict[str, tuple[str, str]]:
@@ -73,9 +74,80 @@ def quality_vs_speed(results: Results) -> Figure | None:
     if floor is not None:
         axes.axhline(floor, color="grey", linewidth=1, linestyle="--")
         axes.annotate("unigram floor", (0.01, floor), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
+    boundless = [r.row_id for r in results.cells if has_no_bound(r)]
+    if boundless:
+        note = f"no bound: {', '.join(boundless)}\n(see text quality and speed)"
+        axes.annotate(note, (0.99, 0.99), xycoords="axes fraction", fontsize=7, ha="right", va="top", color="grey")
     axes.set_xscale("log")
     axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure if drawn else None
+
+
+def text_quality_vs_speed(results: Results) -> Figure | None:
+    """Judge perplexity of generated text against tokens per second, all rows: a panel of its own, no bound in it.
+
+    Each point is a temperature with the text's unigram entropy beside it, since dull text pleases any judge. Hollow:
+    the speed at the number of steps the text was written with was not measured but follows from others.
+    """
+    figure, axes = _axes("Generated text and speed", "tokens per second (batch 1)", _judge_label(results))
+    style = _style(results)
+    drawn = False
+    for row in results.cells:
+        colour, marker = style[row.name]
+        label: str | None = row.row_id
+        for point in row.eval.frontier if row.eval else []:
+            speed = speed_at(row, point.get("steps")) if point.get("judge_ppl") else None
+            if speed is None:
+                continue
+            x, measured = speed
+            face = colour if measured else "none"
+            axes.plot(x, point["judge_ppl"], marker, color=colour, markerfacecolor=face, markersize=7, label=label)
+            entropy = point.get("unigram_entropy_nats")
+            text = f"T={point['temperature']:g}" + ("" if entropy is None else f", H={entropy:.1f}")
+            axes.annotate(text, (x, point["judge_ppl"]), xytext=(5, 3), textcoords="offset points", fontsize=6)
+            label, drawn = None, True
+    reference = results.data.get("reference_text") or {}
+    if reference.get("judge_ppl"):
+        axes.axhline(reference["judge_ppl"], color="grey", linewidth=1, linestyle="--")
+        told = f"held-out text, H={reference.get('unigram_entropy_nats') or 0:.1f}"
+        where = (0.01, reference["judge_ppl"])
+        axes.annotate(told, where, xycoords=("axes fraction", "data"), fontsize=7, va="bottom")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    title = "H: unigram entropy, nats\nhollow: speed interpolated"
+    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), title=title, title_fontsize=6)
+    return figure if drawn else None
+
+
+def latent_health(results: Results) -> Figure | None:
+    """What rows without a bound are watched by while they train: accuracies, and squared errors beside them."""
+    from matplotlib.figure import Figure
+
+    rows = [
+        r for r in results.cells if has_no_bound(r) and r.train and any(len(c) > 1 for c in r.train.health.values())
+    ]
+    if not rows:
+        return None
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    style = _style(results)
+    for axes, ending, title in zip(
+        figure.subplots(1, 2), ("_accuracy", "_mse"), ("fraction of tokens right", "mean squared error"), strict=True
+    ):
+        axes.set_title(f"Latent rows in training: {title}", fontsize=11)
+        axes.set_xlabel("optimiser step")
+        axes.grid(alpha=0.25)
+        for row in rows:
+            curves = {k: v for k, v in (row.train.health if row.train else {}).items() if k.endswith(ending)}
+            for i, (name, points) in enumerate(sorted(curves.items())):
+                smooth = _running_mean([y for _, y in points], max(1, len(points) // 20))
+                label = f"{row.row_id}: {name.removesuffix(ending).replace('_', ' ')}"
+                line, colour = _LINES[i % len(_LINES)], style[row.name][0]
+                axes.plot([x for x, _ in points], smooth, line, color=colour, label=label, linewidth=1.3)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize=7, frameon=False)
+        if ending == "_mse" and axes.lines:
+            axes.set_yscale("log")
+    return figure
 
 
 def loss_curves(results: Results) -> Figure | None:
@@ -84,7 +156,7 @@ def loss_curves(results: Results) -> Figure | None:
     style = _style(results)
     drawn = False
     for row in results.cells:
-        curve = row.train.curve if row.train else []
+        curve = row.train.curve if row.train and not has_no_bound(row) else []
         points = [(p["step"], p["ce"]) for p in curve if "ce" in p]
         if len(points) < 2:
             continue
@@ -122,13 +194,12 @@ def mask_ratio_vs_loss(results: Results) -> Figure | None:
 
 def frontier(results: Results) -> Figure | None:
     """Judge perplexity against unigram entropy over temperatures: text is good only on both axes at once."""
-    judges = {p.get("judge") for r in results.cells if r.eval for p in r.eval.frontier}
-    label = "judge perplexity" + (f", {judges.pop()}" if len(judges) == 1 else "")
-    figure, axes = _axes("Generation frontier", "unigram entropy of the generated text, nats", label)
+    figure, axes = _axes("Generation frontier", "unigram entropy of the generated text, nats", _judge_label(results))
     style = _style(results)
     drawn = False
     for row in results.cells:
         points = [p for p in (row.eval.frontier if row.eval else []) if p.get("judge_ppl")]
+        points = [p for p in points if p.get("unigram_entropy_nats") is not None]
         if not points:
             continue
         colour, marker = style[row.name]
@@ -217,10 +288,12 @@ def draw_all(
     """Write every figure that has something to show; return name -> path of the PNG."""
     makers: dict[str, Callable[[], Figure | None]] = {
         "quality_vs_speed": lambda: quality_vs_speed(results),
+        "text_quality_vs_speed": lambda: text_quality_vs_speed(results),
         "loss_curves": lambda: loss_curves(results),
         "mask_ratio_vs_loss": lambda: mask_ratio_vs_loss(results),
         "frontier": lambda: frontier(results),
         "prediction_strip": lambda: prediction_strips(strips),
+        "latent_health": lambda: latent_health(results),
         "commit_order": lambda: commit_order(histories),
     }
     written = {}
@@ -231,6 +304,11 @@ def draw_all(
             figure.savefig(path, dpi=130)
             written[name] = path
     return written
+
+
+def _judge_label(results: Results) -> str:
+    judges = {p.get("judge") for r in results.cells if r.eval for p in r.eval.frontier}
+    return "judge perplexity" + (f", {judges.pop()}" if len(judges) == 1 else "")
 
 
 def _box(x: float, y: float, colour: Any) -> Any:

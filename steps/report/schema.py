@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
 
 
 class _Part(BaseModel):
@@ -20,7 +20,9 @@ class Estimate(_Part):
     """A measured value and its standard error."""
 
     value: float
-    se: float | None = Field(default=None, description="standard error over held-out sequences; null if not estimated")
+    se: float | None = Field(
+        default=None, description="standard error, clustered by held-out document; null if there is one"
+    )
 
 
 class TrainResult(_Part):
@@ -30,6 +32,9 @@ class TrainResult(_Part):
     final_loss: float | None = Field(default=None, description="mean total loss of the last steps, nats; not a bound")
     tokens_per_s: float | None = Field(default=None, description="response tokens per second of training time")
     curve: list[dict[str, float]] = Field(default_factory=list, description="thinned loss curve: step, loss, ce")
+    health: dict[str, list[tuple[float, float]]] = Field(
+        default_factory=dict, description="thinned curves of what is logged as *_accuracy or *_mse: (step, value)"
+    )
 
 
 class CostResult(_Part):
@@ -60,7 +65,11 @@ class EvalResult(_Part):
     masked_nll: dict[str, Estimate] = Field(default_factory=dict, description="nats per token, by mask ratio")
     frontier: list[dict[str, Any]] = Field(default_factory=list, description="one entry a temperature")
     samples: list[dict[str, Any]] = Field(default_factory=list)
+    diagnostics: dict[str, Any] = Field(
+        default_factory=dict, description="figures of health of a latent row: numbers, or maps of numbers"
+    )
     num_sequences: int | None = None
+    num_documents: int | None = Field(default=None, description="documents those sequences were cut from")
     num_scored_tokens: int | None = None
     dtype: str | None = None
     eval_s: float | None = None

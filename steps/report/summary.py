@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from steps.report.compare import MIN_SEEDS_TO_RANK, by_cell, headline_nats, ranking
-from steps.report.schema import Results
+from typing import Any
+
+from steps.report.compare import MIN_SEEDS_TO_RANK, by_cell, has_no_bound, headline_nats, ranking
+from steps.report.curves import still_rising
+from steps.report.schema import Results, Row
 
 DEGENERATE = 0.5
+"""Part of the entropy of held-out text below which, and part of repeated 4-grams above which, text says nothing."""
+RISING = 0.005
 KIND_NAMES = {"nelbo": "NELBO", "block_nelbo": "block NELBO", "exact": "exact likelihood"}
 
 
@@ -18,6 +23,7 @@ def headline(results: Results) -> list[str]:
     ]
     lines += [f"FAILED {r.row_id}: {r.error}" for r in results.cells if r.status == "failed"]
     lines += _floor_lines(results)
+    lines += _latent_lines(results)
     lines += _quality_lines(results)
     lines += _text_lines(results)
     lines += _speed_lines(results)
@@ -62,21 +68,92 @@ def _quality_lines(results: Results) -> list[str]:
     return lines
 
 
-def _text_lines(results: Results) -> list[str]:
-    """Name rows whose generated text is degenerate: less than half the entropy of the held-out text."""
-    reference = (results.data.get("reference_text") or {}).get("unigram_entropy_nats")
-    if not reference:
+def _latent_lines(results: Results) -> list[str]:
+    """Say what rows without a bound are compared by, and how well they reconstruct."""
+    rows = [row for row in results.cells if has_no_bound(row)]
+    if not rows:
         return []
+    lines = [
+        f"No likelihood bound exists for {', '.join(r.row_id for r in rows)}: compare generated text, overlap with the "
+        "true continuation and reconstruction."
+    ]
+    health = [f"{row.row_id} {text}" for row in rows if (text := _reconstruction(row))]
+    if health:
+        lines.append(f"Held-out tokens reconstructed from latents: {'; '.join(health)}.")
+    return lines
+
+
+def _reconstruction(row: Row) -> str:
+    figures = row.eval.diagnostics if row.eval else {}
+    parts = []
+    for key, name in (("reconstruction_accuracy", ""), ("reconstruction_accuracy_noisy", " from noised latents")):
+        if isinstance(figures.get(key), int | float):
+            parts.append(f"{100 * figures[key]:.1f} %{name}")
+    for name, points in (row.train.health if row.train else {}).items():
+        rise = still_rising(points) if "reconstruction" in name and name.endswith("_accuracy") else 0.0
+        if rise >= RISING:
+            parts.append(f"still rising when training ended (+{100 * rise:.1f} points over its last fifth)")
+            break
+    return ", ".join(parts)
+
+
+def _text_lines(results: Results) -> list[str]:
+    """Name rows whose generated text is degenerate at every temperature, and rows that ignore their prompts."""
+    reference = results.data.get("reference_text") or {}
     poor = []
     for row in results.cells:
-        entropies = [p["unigram_entropy_nats"] for p in (row.eval.frontier if row.eval else [])]
-        if entropies and max(entropies) < DEGENERATE * reference:
-            poor.append(f"{row.row_id} {max(entropies):.1f}")
-    if not poor:
+        found = [_degenerate(point, reference) for point in (row.eval.frontier if row.eval else [])]
+        if found and all(found):
+            poor.append(f"{row.row_id} {found[-1]}")
+    lines = []
+    if poor:
+        lines.append(
+            f"Generated text is degenerate at every temperature: {', '.join(poor)}{_usual(reference)}. Its judge "
+            "perplexity means nothing."
+        )
+    return lines + _overlap_lines(results)
+
+
+def _degenerate(point: dict[str, Any], reference: dict[str, Any]) -> str:
+    """Return what is wrong with the text of one temperature, "" if nothing is known to be."""
+    entropy, usual = point.get("unigram_entropy_nats"), reference.get("unigram_entropy_nats")
+    if entropy is not None and usual and entropy < DEGENERATE * usual:
+        return f"(entropy {entropy:.1f})"
+    if (repeated := point.get("repetition_4") or 0.0) > DEGENERATE:
+        return f"({100 * repeated:.0f} % repeated 4-grams)"
+    ppl, shuffled = point.get("judge_ppl"), reference.get("shuffled_judge_ppl")
+    if ppl is not None and shuffled and ppl > shuffled:
+        return f"(judge ppl {ppl:,.0f})"
+    return ""
+
+
+def _usual(reference: dict[str, Any]) -> str:
+    """Return what held-out text has instead."""
+    entropy, shuffled = reference.get("unigram_entropy_nats"), reference.get("shuffled_judge_ppl")
+    told = [f"entropy {entropy:.1f} nats"] if entropy else []
+    told += [f"judge ppl {shuffled:,.0f} with its tokens shuffled"] if shuffled else []
+    return f" (held-out text: {', '.join(told)})" if told else ""
+
+
+def _overlap_lines(results: Results) -> list[str]:
+    """Say, at the lowest temperature, whose text is nearer to its own reference than to those of other prompts."""
+    shown, hidden, temperatures = [], [], set()
+    for row in results.cells:
+        points = [p for p in (row.eval.frontier if row.eval else []) if p.get("overlap_1_gain")]
+        if not points:
+            continue
+        point = min(points, key=lambda p: p["temperature"])
+        temperatures.add(f"{point['temperature']:g}")
+        gain, se = point["overlap_1_gain"]["value"], point["overlap_1_gain"]["se"]
+        text = f"{row.row_id} {100 * gain:+.1f}" + ("" if se is None else f" ± {100 * se:.1f}")
+        (shown if se is not None and gain > 2 * se else hidden).append(text)
+    if not shown and not hidden:
         return []
+    told = [f"beyond 2 se: {', '.join(shown)}"] if shown else []
+    told += [f"not beyond: {', '.join(hidden)}"] if hidden else []
     return [
-        f"Generated text is degenerate (at every temperature less than half the {reference:.1f} nats of unigram "
-        f"entropy of held-out text): {', '.join(poor)}. Their judge perplexities mean nothing."
+        "Overlap of continuations with the true one, less that with other prompts' "
+        f"(points of unigram F1, T={', '.join(sorted(temperatures))}), {'; '.join(told)}."
     ]
 
 

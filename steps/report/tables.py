@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from steps.report.schema import Estimate, Results, Row
 
 NOT_MEASURED = "-"
+OVERLAP_SIZES = (1, 2)
+MAX_SHOWN = 8
+"""Numbers of a map that stand in a table one by one."""
+TEXT_FIGURES = ("judge_ppl", "unigram_entropy_nats", "distinct_1", "distinct_2", "distinct_3", "repetition_4")
+OVERLAP_FIGURES = tuple(f"overlap_{n}{kind}" for n in OVERLAP_SIZES for kind in ("", "_other"))
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -96,22 +102,73 @@ def cost_table(results: Results) -> str:
 def frontier_table(results: Results) -> str:
     """Return generation quality over temperatures: judge perplexity never without entropy and repetition."""
     header = ["row", "T", "forwards", "judge ppl", "judge", "entropy nats", "distinct-2", "repeated 4-grams"]
+
+    def line(name: str, temperature: str, point: dict[str, Any]) -> list[str]:
+        return [
+            name,
+            temperature,
+            _number(point.get("num_forwards"), ".0f"),
+            _number(point.get("judge_ppl"), ",.1f"),
+            str(point.get("judge", NOT_MEASURED)),
+            _number(point.get("unigram_entropy_nats"), ".2f"),
+            _number(point.get("distinct_2"), ".2f"),
+            _number(point.get("repetition_4"), ".3f"),
+        ]
+
+    body = [
+        line(row.row_id, f"{point['temperature']:g}", point)
+        for row in results.cells
+        for point in (row.eval.frontier if row.eval else [])
+    ]
+    reference = results.data.get("reference_text")
+    if body and reference:
+        body.append(line("held-out text", NOT_MEASURED, reference))
+    return markdown_table(header, body)
+
+
+def overlap_table(results: Results) -> str:
+    """Return how much continuations share with the true ones, beside their control."""
+    header = ["row", "T"]
+    for n in OVERLAP_SIZES:
+        header += [f"{n}-grams, own", "other", "difference"]
     body = []
     for row in results.cells:
         for point in row.eval.frontier if row.eval else []:
-            body.append(
-                [
-                    row.row_id,
-                    f"{point['temperature']:g}",
-                    _number(point.get("num_forwards"), ".0f"),
-                    _number(point.get("judge_ppl"), ".1f"),
-                    str(point.get("judge", NOT_MEASURED)),
-                    _number(point.get("unigram_entropy_nats"), ".2f"),
-                    _number(point.get("distinct_2"), ".2f"),
-                    _number(point.get("repetition_4"), ".3f"),
-                ]
-            )
+            if point.get("overlap_1") is None:
+                continue
+            cells = [row.row_id, f"{point['temperature']:g}"]
+            for n in OVERLAP_SIZES:
+                gain = point.get(f"overlap_{n}_gain")
+                cells += [_percent(point.get(f"overlap_{n}")), _percent(point.get(f"overlap_{n}_other"))]
+                cells.append(_estimate(Estimate(**gain) if gain else None, percent=True, sign="+"))
+            body.append(cells)
     return markdown_table(header, body)
+
+
+def health_table(results: Results) -> str:
+    """Return the figures that rows state of their own health: a line a figure, a column a row that has any."""
+    columns = {r.row_id: health_lines(r.eval.diagnostics) for r in results.cells if r.eval and r.eval.diagnostics}
+    names = list(dict.fromkeys(name for lines in columns.values() for name in lines))
+    body = [[name, *(lines.get(name, NOT_MEASURED) for lines in columns.values())] for name in names]
+    return markdown_table(["figure", *columns], body)
+
+
+def health_lines(diagnostics: Mapping[str, Any]) -> dict[str, str]:
+    """Return figure -> text. A map of numbers is one line, its keys in the name; of a long one only its range."""
+    lines = {}
+    for name, value in diagnostics.items():
+        label = name.replace("_", " ")
+        if isinstance(value, Mapping):
+            numbers = [v for v in value.values() if isinstance(v, int | float)]
+            if len(value) > MAX_SHOWN and numbers:
+                ordered = sorted(numbers)
+                shown = [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
+                lines[f"{label} ({len(value)} values: least / median / most)"] = " / ".join(map(_figure, shown))
+            else:
+                lines[f"{label} ({' / '.join(value)})"] = " / ".join(map(_figure, value.values()))
+        else:
+            lines[label] = _figure(value)
+    return lines
 
 
 def comparison_table(results: Results) -> str:
@@ -157,9 +214,14 @@ def _flat_metrics(row: Row) -> list[tuple[str, float, float | None]]:
             for ratio, estimate in getattr(row.eval, kind).items():
                 found.append((f"eval/{kind}@{ratio}", estimate.value, estimate.se))
         for point in row.eval.frontier:
-            for key in ("judge_ppl", "unigram_entropy_nats", "distinct_1", "distinct_2", "distinct_3", "repetition_4"):
+            prefix = f"eval/frontier/T={point['temperature']:g}"
+            for key in (*TEXT_FIGURES, *OVERLAP_FIGURES):
                 if isinstance(point.get(key), int | float):
-                    found.append((f"eval/frontier/T={point['temperature']:g}/{key}", point[key], None))
+                    found.append((f"{prefix}/{key}", point[key], None))
+            for key in (f"overlap_{n}_gain" for n in OVERLAP_SIZES):
+                if point.get(key):
+                    found.append((f"{prefix}/{key}", point[key]["value"], point[key]["se"]))
+        found += [(name, value, None) for name, value in _flat(row.eval.diagnostics, "eval/diagnostics", "/")]
     for steps, bench in (row.bench.steps if row.bench else {}).items():
         found.append((f"bench/tokens_per_s@{steps}", bench["tokens_per_s"]["median"], None))
     if row.cost is not None:
@@ -167,16 +229,25 @@ def _flat_metrics(row: Row) -> list[tuple[str, float, float | None]]:
     return found
 
 
+def _flat(values: Mapping[str, Any], prefix: str, join: str = "@") -> Iterator[tuple[str, float]]:
+    """Yield the numbers of a map, those of inner maps as name@key."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{join}{key}")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}{join}{key}", value
+
+
 def _step_settings(results: Results) -> list[str]:
     found = {s for row in results.cells if row.bench for s in row.bench.steps}
     return sorted((s for s in found if s != "ar"), key=int) + (["ar"] if "ar" in found else [])
 
 
-def _estimate(estimate: Estimate | None, percent: bool = False) -> str:
+def _estimate(estimate: Estimate | None, percent: bool = False, sign: str = "") -> str:
     if estimate is None:
         return NOT_MEASURED
     scale, digits = (100.0, 1) if percent else (1.0, 3)
-    text = f"{scale * estimate.value:.{digits}f}"
+    text = f"{scale * estimate.value:{sign}.{digits}f}"
     return text if estimate.se is None else f"{text} ± {scale * estimate.se:.{digits}f}"
 
 
@@ -189,3 +260,14 @@ def _throughput(bench: dict | None) -> str:
 
 def _number(value: float | None, spec: str) -> str:
     return NOT_MEASURED if value is None else format(value, spec)
+
+
+def _percent(fraction: float | None) -> str:
+    return NOT_MEASURED if fraction is None else f"{100 * fraction:.1f}"
+
+
+def _figure(value: Any) -> str:
+    """Return a number of unknown size with about three digits."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return NOT_MEASURED if value is None else str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
