@@ -7,9 +7,10 @@ estimates wherever they are shown. One GB is 1e9 bytes, except for GPU sizes, wh
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from dllm_core.methods.requirements import BaseShape, NetworkCost
 from steps.machine import Machine
 
 GPU_SIZES_GB = (8, 12, 16, 24, 32, 48, 80, 141, 192)
@@ -19,6 +20,8 @@ PROCESS_BYTES = 0.7e9
 """torch, transformers and the tracker, before the first tensor."""
 LOSS_CHUNK_BYTES = 0.25e9
 """Chunked logits and their gradient."""
+ROW_MULTIPLE = 64
+"""A converted vocabulary is padded to a multiple of this, after a row for the mask."""
 DTYPE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0}
 
 
@@ -103,20 +106,32 @@ class ModelShape:
         attention = 4.0 * self.layers * self.heads * self.head_dim * length * positions
         return 2.0 * self.body * positions + attention + 2.0 * self.embedding * head_rows
 
+    def teacher_flops(self, length: int) -> float:
+        """FLOPs of the frozen model over one sequence of which hidden states are kept: no head."""
+        return self.forward_flops(length, length, 0)
+
+    def base(self, *, converted: bool) -> BaseShape:
+        """Return what rooms with networks of their own size them by; `converted` if the mask row is there already."""
+        vocab = self.vocab if converted else -(-(self.vocab + 1) // ROW_MULTIPLE) * ROW_MULTIPLE
+        parameters = replace(self, vocab=vocab).parameters
+        return BaseShape(hidden=self.hidden, layers=self.layers, vocab=vocab, parameters=parameters)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
     """Bytes at the peak of training one row.
 
     Attributes:
-        weights: compute weights, fp32 master copy, two Adam moments, gradients: 16 bytes a parameter in bf16.
+        weights: compute weights, fp32 master copy, two Adam moments, gradients, and what is frozen.
         activations: kept for the backward pass of one micro-batch.
         rest: chunked logits and the process itself.
+        per_parameter: bytes that a trained parameter stands for in `weights`.
     """
 
     weights: float
     activations: float
     rest: float
+    per_parameter: int = 16
 
     @property
     def total(self) -> float:
@@ -151,18 +166,45 @@ def training_memory(
     return MemoryEstimate(weights=weights, activations=activations, rest=PROCESS_BYTES + LOSS_CHUNK_BYTES)
 
 
+def network_memory(network: NetworkCost, hidden: int, tokens: int, *, dtype: str) -> MemoryEstimate:
+    """Estimate training networks of a room's own with AdamW.
+
+    Weights are counted: a trained parameter takes 16 bytes in fp32 (weight, gradient, two moments), 18 in bf16 (the
+    weight once more, as a copy); a frozen one 4, or 6 with its copy. Activations follow from the FLOPs: a block with
+    16 D^2 weights keeps about 28 D values a token, hence 1.75 / D of the weights that a token meets (FLOPs / 6).
+
+    Args:
+        network: sizes.
+        hidden: width of the base model, taken for that of the networks.
+        tokens: response tokens of a micro-batch.
+        dtype: compute dtype.
+    """
+    trained, frozen = (18, 6.0) if dtype == "bf16" else (16, 4.0)
+    values = 1.75 * network.flops_per_response_token / 6.0 / hidden
+    return MemoryEstimate(
+        weights=trained * network.num_trainable + frozen * network.frozen,
+        activations=DTYPE_BYTES[dtype] * tokens * values,
+        rest=PROCESS_BYTES + LOSS_CHUNK_BYTES,
+        per_parameter=trained,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class RowCost:
     """What one row costs on this machine, in seconds (estimates) and FLOPs.
 
     Attributes:
         steps: optimiser steps of its training (0: not trained).
+        distinct: training sequences that it presents.
         train_flops: training, its auxiliary views and a live teacher included.
+        teacher_flops: what it is charged for teacher states from the cache.
         train_s, evaluate_s, benchmark_s: wall time.
     """
 
     steps: int
+    distinct: int
     train_flops: float
+    teacher_flops: float
     train_s: float
     evaluate_s: float
     benchmark_s: float

@@ -68,7 +68,7 @@ def validate(
     rows, donors = plan_rows(spec, model.shape.layers)
     data = check_data(spec.data)
     machine = machine or probe(spec.runtime.device, spec.runtime.threads)
-    shared = shared_work(rows, donors)
+    shared = shared_work(rows)
     cost = grid_cost(spec, rows, donors, shared, model.shape, data, machine)
     found = (
         _device_obstacle(spec, machine),

@@ -60,12 +60,12 @@ class SharedWork:
     """What several rows read, each prepared once.
 
     Attributes:
-        anchors: union of the layers and positions that any row reads; None when none does.
+        anchors: (row id, need) of the rows that read the teacher's states.
         trajectories: (row id, need) of the rows that train on commit orders.
         prefixes: (row id, need) of the rows that continue from another cell's first part.
     """
 
-    anchors: AnchorNeed | None
+    anchors: tuple[tuple[str, AnchorNeed], ...]
     trajectories: tuple[tuple[str, TrajectoryNeed], ...]
     prefixes: tuple[tuple[str, PrefixNeed], ...]
 
@@ -100,23 +100,13 @@ def plan_rows(spec: GridSpec, num_layers: int) -> tuple[tuple[PlannedRow, ...], 
     return rows, donors
 
 
-def shared_work(rows: tuple[PlannedRow, ...], donors: dict[str, PlannedRow]) -> SharedWork:
-    """Return the union of what rows and donors need."""
-    needs = [r.requirements.anchors for r in (*rows, *donors.values()) if r.requirements.anchors]
-    layers = {layer for need in needs for layer in need.layers}
-    everywhere = any(need.positions == "all" for need in needs)
-    anchors = AnchorNeed(
-        layers=tuple(sorted(layers, key=_depth)), positions="all" if everywhere else "response_predictors"
-    )
+def shared_work(rows: tuple[PlannedRow, ...]) -> SharedWork:
+    """Return what rows need that is prepared before they train."""
     return SharedWork(
-        anchors=anchors if needs else None,
+        anchors=tuple((r.row_id, a) for r in rows if (a := r.requirements.anchors)),
         trajectories=tuple((r.row_id, t) for r in rows if (t := r.requirements.trajectories)),
         prefixes=tuple((r.row_id, p) for r in rows if (p := r.requirements.prefix)),
     )
-
-
-def _depth(layer: str) -> tuple[int, int]:
-    return {"embed": (0, 0), "final": (2, 0)}.get(layer) or (1, int(layer))
 
 
 def _row(spec: GridSpec, cell: CellSpec, seed: int, num_layers: int) -> PlannedRow:

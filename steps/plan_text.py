@@ -12,6 +12,8 @@ from params.schema import GridSpec
 from steps.plan import Plan
 from steps.plan_rows import PlannedRow
 from steps.progress import duration
+from steps.row_costs import own_network
+from steps.shared_costs import AnchorCost
 
 _ALIGNMENT = {
     "shifted": "the hidden state at i-1 predicts token i, as in the autoregressive model",
@@ -40,6 +42,7 @@ def render(plan: Plan) -> str:
         _section("Settings (as a preset file: saved, it gives this grid again)", settings_yaml(plan)),
         _section("Contracts (written into every checkpoint, checked at load)", _contracts(plan)),
         _section("Rows", _rows(plan)),
+        *([_section("Networks of their own", networks)] if (networks := _networks(plan)) else []),
         _section("Prepared once for all rows", _shared(plan)),
         _section(f"Estimates for {plan.machine.name}", _estimates(plan)),
     ]
@@ -91,7 +94,7 @@ def _prompt(spec: GridSpec) -> str:
 
 
 def _rows(plan: Plan) -> str:
-    header = ("row", "method", "steps", "train", "evaluate", "benchmark", "needs")
+    header = ("row", "method", "trained", "steps", "train", "evaluate", "benchmark", "needs")
     table = [header]
     for row in plan.rows:
         cost = plan.cost.rows[row.row_id]
@@ -99,6 +102,7 @@ def _rows(plan: Plan) -> str:
             (
                 row.row_id,
                 row.method,
+                _trained(plan, row),
                 f"{cost.steps:,}" if cost.steps else "-",
                 duration(cost.train_s) if cost.steps else "-",
                 duration(cost.evaluate_s),
@@ -109,10 +113,42 @@ def _rows(plan: Plan) -> str:
     return _table(table)
 
 
+def _trained(plan: Plan, row: PlannedRow) -> str:
+    """Return how many parameters a row trains."""
+    shape = plan.model.shape
+    network = own_network(row, shape)
+    if not row.trains:
+        return "-"
+    if network is not None:
+        return f"{network.num_trainable:,}"
+    less = " less the frozen" if row.train.freeze else ""
+    return f"{shape.base(converted=False).parameters:,}{less}"
+
+
+def _networks(plan: Plan) -> str:
+    """Return a table of parameters per module for rooms with networks of their own; seeds have the same."""
+    table = [("cell", "module", "parameters", "")]
+    done = set()
+    for row in plan.rows:
+        network = own_network(row, plan.model.shape)
+        if network is None or row.cell in done:
+            continue
+        done.add(row.cell)
+        memory = plan.cost.memories[row.row_id]
+        table += [(row.cell, module, f"{count:,}", "") for module, count in network.trainable.items()]
+        held = f"{_bytes(memory.weights)} with gradients and Adam ({memory.per_parameter} bytes each)"
+        table.append((row.cell, "all trained", f"{network.num_trainable:,}", held))
+        table.append((row.cell, "frozen", f"{network.frozen:,}", "kept in memory, included"))
+        flops = f"{network.flops_per_response_token:.2e} FLOPs of training a response token"
+        table.append((row.cell, "work", "", flops))
+    return _table(table) if done else ""
+
+
 def _needs(row: PlannedRow) -> list[str]:
     needs, words = row.requirements, []
     if needs.anchors:
-        words.append(f"anchors of {len(needs.anchors.layers)} layers")
+        count = len(needs.anchors.layers)
+        words.append(f"anchors of {count} layer{'s' if count > 1 else ''}")
     if needs.prefix:
         words.append(f"first {needs.prefix.share:.0%} of {needs.prefix.cell}")
     if needs.trajectories:
@@ -121,6 +157,8 @@ def _needs(row: PlannedRow) -> list[str]:
 
 
 def _layers(layers: tuple[str, ...]) -> str:
+    if len(layers) == 1:
+        return f"layer {layers[0]}"
     return f"layers {', '.join(layers)}" if len(layers) <= 8 else f"{len(layers)} layers ({layers[0]} to {layers[-1]})"
 
 
@@ -130,13 +168,9 @@ def _shared(plan: Plan) -> str:
         "prepare model": f"{plan.model.source}: {plan.model.found}",
         "prepare data": f"{plan.data.source}: {_data(plan)}",
     }
-    if plan.shared.anchors:
-        need = plan.shared.anchors
-        where = "every position" if need.positions == "all" else "rows that predict response tokens"
-        details["cache anchors"] = (
-            f"{_layers(need.layers)}, {plan.spec.anchors.dtype}, {where}, {plan.cost.anchor_sequences:,} sequences, "
-            f"{_bytes(plan.cost.disk['anchors'])}"
-        )
+    if plan.cost.anchors:
+        of_disk = f"{plan.spec.anchors.dtype}, {_bytes(plan.cost.disk['anchors'])} in all"
+        details["cache anchors"] = f"teacher states, {of_disk}"
     if plan.shared.prefixes:
         details["train shared prefixes"] = ", ".join(
             dict.fromkeys(f"first {p.share:.0%} of {p.cell}" for _, p in plan.shared.prefixes)
@@ -151,7 +185,23 @@ def _shared(plan: Plan) -> str:
     for name, what in details.items():
         seconds = plan.cost.shared_s.get(name)
         table.append((name, duration(seconds) if seconds is not None else "(in its row)", what))
+        if name == "cache anchors":
+            table += [("", "", _anchors(anchor)) for anchor in plan.cost.anchors]
     return _table(table)
+
+
+_POSITIONS = {
+    "all": "every position",
+    "response": "rows of response tokens",
+    "response_predictors": "rows that predict response tokens",
+}
+
+
+def _anchors(cost: AnchorCost) -> str:
+    """Return one distinct need of teacher states in words."""
+    heldout = f" and {cost.heldout:,} held-out" if cost.heldout else ""
+    what = f"{_layers(cost.need.layers)}, {_POSITIONS[cost.need.positions]}, {cost.sequences:,}{heldout} sequences"
+    return f"- {', '.join(cost.rows)}: {what}, {_bytes(cost.num_bytes)} alone"
 
 
 def _data(plan: Plan) -> str:
@@ -173,7 +223,7 @@ def _estimates(plan: Plan) -> str:
         (
             "memory",
             f"{_bytes(memory.total)} at the peak of training {cost.memory_row}: weights, master weights, gradients and "
-            f"Adam {_bytes(memory.weights)} (16 bytes a parameter),",
+            f"Adam {_bytes(memory.weights)} ({memory.per_parameter} bytes a parameter),",
         ),
         ("", f"activations {_bytes(memory.activations)}, logits and process {_bytes(memory.rest)}"),
         ("smallest GPU", f"{size} GB" if size else "larger than any single one"),

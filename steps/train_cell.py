@@ -105,7 +105,7 @@ def _build(job: TrainJob, payload: Path, work: Path) -> dict[str, Any]:
     from steps.train_run import train_cell as run
 
     def charged(result: TrainResult) -> dict[str, float]:
-        return _charged(result, anchors, orders)
+        return _charged(job, result, anchors, orders)
 
     return run(
         job,
@@ -126,10 +126,13 @@ def _prefix(job: TrainJob) -> Entry | None:
     return None if stop_at is None else shared_prefix(job, stop_at)
 
 
-def _charged(result: TrainResult, anchors: AnchorArtifact | None, orders: Entry | None) -> dict[str, float]:
+def _charged(
+    job: TrainJob, result: TrainResult, anchors: AnchorArtifact | None, orders: Entry | None
+) -> dict[str, float]:
     seconds = teacher = extraction = 0.0
-    if anchors is not None:
-        seconds, teacher = anchors.stand_alone_cost(result.distinct_samples)
+    need = job.requirements.anchors
+    if anchors is not None and need is not None:
+        seconds, teacher = anchors.part(need).stand_alone_cost(result.distinct_samples)
     if orders is not None:
         seconds += orders.result["seconds"]
         extraction = orders.result["flops"]

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from dllm_core.backbone.sources import read_config
 from dllm_core.data.order import SampleOrder
 from dllm_core.errors import DllmError
 from dllm_core.methods.registry import room_options
-from dllm_core.methods.requirements import AnchorNeed, Requirements, RoomOptions, TrajectoryNeed
-from dllm_core.training.budget import StepCost, branch_steps, steps_from_budget
+from dllm_core.methods.requirements import Requirements, RoomOptions, TrajectoryNeed
 from dllm_core.training.schedule import share_of_steps
 from dllm_core.training.settings import TrainSettings
+from steps.budgets import SecondsPerStep, branch_total, own_steps
 from steps.cache.key import key_of, material
-from steps.estimates import ModelShape
 from steps.machine import probe
 
 if TYPE_CHECKING:
@@ -90,10 +86,27 @@ class TrainJob:
 
     def samples(self) -> tuple[int, ...]:
         """Return the training sequences it may present, ascending."""
-        count = self.settings.steps * self.settings.batch_size
-        if self.trajectories is not None:  # its subset may reach further into the order than the steps do
-            count = max(count, self.branch_at * self.settings.batch_size + self.trajectories.responses)
-        return tuple(self.order.presented(count))
+        if self.trajectories is not None:  # it loops over a subset, which may reach further than its steps do
+            return tuple(self.order.presented(self._before_branch + self.trajectories.responses))
+        return tuple(self.order.presented(self._in_order(self.settings.steps)))
+
+    def num_distinct(self, steps: int) -> int:
+        """Return how many distinct training sequences its first `steps` steps present."""
+        count = self._in_order(steps)
+        if self.trajectories is not None:
+            count = min(count, self._before_branch + self.trajectories.responses)
+        return min(count, self.around.data.num_train)
+
+    @property
+    def _before_branch(self) -> int:
+        return self.branch_at * self.settings.batch_size
+
+    def _in_order(self, steps: int) -> int:
+        """Return up to which place of the common order so many steps read, in its first round."""
+        anchors = self.requirements.anchors
+        most = anchors.sequences if anchors is not None else None
+        count = steps * self.settings.batch_size
+        return count if most is None else min(count, most)
 
     def _fields(self) -> dict[str, Any]:
         return {
@@ -174,9 +187,6 @@ class Request:
         return {name: getattr(self, name) for name in names}
 
 
-SecondsPerStep = Callable[["TrainJob"], float]
-
-
 def plan_job(row: RowSpec, around: Surroundings, seconds_per_step: SecondsPerStep) -> TrainJob:
     """Work out how a row is trained.
 
@@ -192,7 +202,7 @@ def plan_job(row: RowSpec, around: Surroundings, seconds_per_step: SecondsPerSte
     prefix = options.requirements(around.model.num_layers).prefix
     if prefix is None:
         job = _job(row, options, around, _NO_STEPS_YET)
-        return _job(row, options, around, _steps(job, seconds_per_step))
+        return _job(row, options, around, own_steps(job, seconds_per_step))
     donor = plan_job(around.spec.row_spec(prefix.cell, row.seed), around, seconds_per_step)
     branch_at = share_of_steps(prefix.share, donor.settings.steps)
     if not 0 < branch_at < donor.settings.steps:
@@ -201,8 +211,8 @@ def plan_job(row: RowSpec, around: Surroundings, seconds_per_step: SecondsPerSte
             "between the first and the last.",
             "Raise the budget.",
         )
-    job = _job(row, options, around, _NO_STEPS_YET)
-    steps = _branch_total(job, donor, prefix.share, branch_at, seconds_per_step)
+    job = _job(row, options, around, _NO_STEPS_YET, branch=donor, branch_at=branch_at)
+    steps = branch_total(job, donor, prefix.share, branch_at, seconds_per_step)
     by_share = share_of_steps(prefix.share, steps) == branch_at
     starts = None if by_share else (0, branch_at)
     return _job(row, options, around, steps, branch=donor, branch_at=branch_at, phase_starts=starts)
@@ -241,66 +251,18 @@ def _job(row: RowSpec, options: RoomOptions, around: Surroundings, steps: int, *
     )
 
 
-# -- budgets --------------------------------------------------------------------------------------------------------
-
-
-def _steps(job: TrainJob, seconds_per_step: SecondsPerStep) -> int:
-    spec, data = job.around.spec, job.around.data
-    if spec.budget is None:
-        assert spec.train.steps is not None
-        return spec.train.steps
-    kind = spec.budget.kind
-    cost = _cost(
-        job,
-        flops=job.options.cost_factor() * _unit_flops(job) if kind == "flops" else None,
-        seconds=seconds_per_step(job) if kind == "seconds" else None,
-    )
-    return steps_from_budget(kind, spec.budget.value, cost, num_sequences=data.num_train)
-
-
-def _branch_total(
-    job: TrainJob, donor: TrainJob, share: float, branch_at: int, seconds_per_step: SecondsPerStep
-) -> int:
-    """Return the total steps of a job that branches off: equal to the donor's where a step costs both the same."""
-    budget = job.around.spec.budget
-    if budget is None or budget.kind in ("tokens", "epochs"):
-        return _steps(job, seconds_per_step)
-    # the factor of a branching room is that of the whole run; what it leaves beyond the prefix is its own part
-    own = (job.options.cost_factor() - share * donor.options.cost_factor()) / (1.0 - share)
-    relative = own / donor.options.cost_factor()
-    cost = _cost(
-        job,
-        flops=own * _unit_flops(job),
-        seconds=relative * seconds_per_step(donor) if budget.kind == "seconds" else None,
-    )
-    return branch_steps(branch_at, share, budget.kind, budget.value, cost)
-
-
-def _cost(job: TrainJob, *, flops: float | None, seconds: float | None) -> StepCost:
-    size = job.settings.batch_size
-    tokens = size * job.around.data.mean_response_tokens
-    return StepCost(sequences=size, response_tokens=tokens, flops=flops, seconds=seconds)
-
-
-def _unit_flops(job: TrainJob) -> float:
-    """Return FLOPs of one masked-CE step over the batch; half of the response rows reach the head of a denoiser."""
-    data = job.around.data
-    size = job.settings.batch_size
-    shape = ModelShape.from_config(read_config(Path(job.around.model.path)))
-    scored = size * data.mean_response_tokens * (1.0 if job.options.capabilities().causal else 0.5)
-    return 3.0 * shape.forward_flops(size * data.length, data.length, scored)
-
-
 def covering_anchors(job: TrainJob) -> AnchorArtifact | None:
     """Return anchors that hold all the job reads, computing what a budget's estimate left out."""
+    from steps.anchor_needs import wanted_by
     from steps.cache_anchors import cover_anchors
 
     around, need = job.around, job.requirements.anchors
     if need is None or around.anchors is None:
         return None
-    wanted = set(job.samples())
-    if wanted <= set(around.anchors.sample_ids):
+    (wanted,) = wanted_by([job])
+    known = around.anchors.find(need)
+    there = set(known.sample_ids) if known is not None else set()
+    if there.issuperset(wanted.sample_ids):
         return around.anchors
-    union = AnchorNeed(layers=around.anchors.layers, positions=around.anchors.positions)  # type: ignore[arg-type]
-    samples = sorted(wanted | set(around.anchors.sample_ids))
-    return cover_anchors(around.spec, union, samples, around.model, around.data, around.ctx)
+    wanted = replace(wanted, sample_ids=tuple(sorted(there.union(wanted.sample_ids))))
+    return cover_anchors(around.spec, [wanted], around.model, around.data, around.ctx)

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from dllm_core.data.anchor_codec import standardised_error
 from dllm_core.data.anchor_files import Ranges, covers
-from dllm_core.data.anchors import AnchorStore, needed_rows
+from dllm_core.data.anchors import AnchorStore, Positions, kept_rows, needed_rows
 from dllm_core.data.batch import Batch
-from dllm_core.methods.requirements import StateClass
 
 if TYPE_CHECKING:
     from dllm_core.backbone.backbone import Backbone
@@ -46,7 +45,7 @@ def extract(
     layers: Sequence[str],
     on_progress: OnProgress | None = None,
     *,
-    positions: StateClass = "all",
+    positions: Positions = "all",
     overwrite: bool = False,
 ) -> Extraction:
     """Bring the layers of every sequence into the store; what is there already is skipped.
@@ -59,7 +58,7 @@ def extract(
         store: where the states go.
         layers: "embed", "1".."N-1", "final".
         on_progress: called after each batch with (sequences computed, sequences found).
-        positions: which rows of a sequence are kept.
+        positions: which rows of a sequence will be read; `kept_rows` says which are stored for that.
         overwrite: compute also what is there.
 
     Raises:
@@ -73,8 +72,8 @@ def extract(
     try:
         for batch in batches:
             started = time.perf_counter()
-            rows = needed_rows(batch, positions)
-            absent = set(rows if overwrite else store.missing(list(rows), layers, rows))
+            needed, rows = needed_rows(batch, positions), kept_rows(batch, positions)
+            absent = set(needed if overwrite else store.missing(list(needed), layers, needed))
             picked = [i for i, key in enumerate(batch.sequence_keys) if key in absent]
             if picked:
                 todo = batch.select(picked)

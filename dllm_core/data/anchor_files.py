@@ -101,9 +101,9 @@ def require_dtype_serves(dtype: str, positions: str) -> None:
     """Refuse an 8-bit store for uses that need more of a state than its direction.
 
     Raises:
-        StoreError: fp8 or int8 asked for with positions `all`.
+        StoreError: fp8 or int8 asked for with other rows than `response_predictors`, the ones alignment reads.
     """
-    if dtype in SCALED and positions == "all":
+    if dtype in SCALED and positions != "response_predictors":
         raise StoreError(
             f"Anchors in {dtype} keep a state's direction only, but a cell of this grid reconstructs the states.",
             "Set anchors.dtype=bf16 (or fp32); fp8 and int8 serve repr_align alone.",

@@ -6,7 +6,7 @@ import contextlib
 import os
 import uuid
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,18 +27,39 @@ except ImportError:  # no such lock on this platform: do not write one store fro
     fcntl = None  # type: ignore[assignment]
 
 
-def needed_rows(batch: Batch, positions: StateClass) -> dict[str, Ranges]:
+Positions = StateClass | Collection[StateClass]
+"""Which rows of a sequence are meant: one class, or the union of several."""
+
+
+def needed_rows(batch: Batch, positions: Positions) -> dict[str, Ranges]:
     """Return, by sequence key, the rows of each sequence whose states will be read.
 
     `response_predictors` are the rows i whose next token, i+1 of the same document, is a response token: all that
-    alignment under the shifted contract reads. `all` is every row that is not padding.
+    alignment under the shifted contract reads. `response` are the rows of response tokens themselves. `all` is every
+    row that is not padding.
     """
-    if positions == "all":
-        wanted_BL = batch.document_BL >= 0
-    else:
-        wanted_BL = torch.zeros_like(batch.response_BL)
-        wanted_BL[:, :-1] = batch.response_BL[:, 1:]
+    classes = _classes(positions)
+    wanted_BL = torch.zeros_like(batch.response_BL)
+    if "all" in classes:
+        wanted_BL |= batch.document_BL >= 0
+    if "response" in classes:
+        wanted_BL |= batch.response_BL
+    if "response_predictors" in classes:
+        wanted_BL[:, :-1] |= batch.response_BL[:, 1:]
     return {key: _ranges(wanted_L) for key, wanted_L in zip(batch.sequence_keys, wanted_BL, strict=True)}
+
+
+def kept_rows(batch: Batch, positions: Positions) -> dict[str, Ranges]:
+    """Return the rows that are stored for such a need.
+
+    Predictors and response tokens differ by one row a document, so both are kept whoever asks for either: another cell
+    that reads the other ones later then finds them, instead of every layer of the chunk being computed again.
+    """
+    return needed_rows(batch, "all" if "all" in _classes(positions) else ("response_predictors", "response"))
+
+
+def _classes(positions: Positions) -> frozenset[str]:
+    return frozenset((positions,) if isinstance(positions, str) else positions)
 
 
 def _ranges(wanted_L: Tensor) -> Ranges:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,13 +42,37 @@ def steps_from_budget(kind: BudgetKind, value: float, cost: StepCost, *, num_seq
     Raises:
         DllmError: the budget is not positive, or the cost it is counted in is unknown or zero.
     """
-    if not (math.isfinite(value) and value > 0):
-        raise DllmError(f"budget.value is {value}.", "Give a finite number greater than 0.")
+    _check_value(value)
     if kind == "epochs":
         return max(1, math.ceil(value * _known(num_sequences, kind) / cost.sequences))
     if kind == "tokens":
         return max(1, math.ceil(value / _known(cost.response_tokens, kind)))
     return max(1, round(value / _known(cost.flops if kind == "flops" else cost.seconds, kind)))
+
+
+def steps_from_flops(value: float, charged: Callable[[int], float]) -> int:
+    """Return the number of steps, at least one, whose charge comes nearest to a budget in FLOPs.
+
+    A charge need not grow by the same amount every step: a teacher is paid for once a sequence, so that steps get
+    cheaper when the training set comes round again. Cost: about 2 log2(steps) calls of `charged`.
+
+    Args:
+        value: the budget.
+        charged: from a number of steps, what they cost in all; never falls, and grows without bound.
+
+    Raises:
+        DllmError: the budget is not positive, or steps cost nothing.
+    """
+    _check_value(value)
+    _known(charged(1), "flops")
+    high = 1
+    while charged(high) < value:
+        high *= 2
+    low = high // 2
+    while high - low > 1:  # charged(low) < value <= charged(high)
+        middle = (low + high) // 2
+        low, high = (middle, high) if charged(middle) < value else (low, middle)
+    return low if low > 0 and value - charged(low) < charged(high) - value else high
 
 
 def branch_steps(prefix_steps: int, share: float, kind: BudgetKind, value: float, cost: StepCost) -> int:
@@ -76,6 +101,11 @@ def analytic_step_flops(num_parameters: int, head_parameters: int, sequences: in
         scored: scored tokens of a sequence (half of the response, on average).
     """
     return 6.0 * sequences * ((num_parameters - head_parameters) * length + head_parameters * scored)
+
+
+def _check_value(value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise DllmError(f"budget.value is {value}.", "Give a finite number greater than 0.")
 
 
 def _known(value: float | None, kind: str) -> float:

@@ -87,7 +87,9 @@ def _run_row(
                 run.spec, row, shared.model, shared.data, shared.anchors, shared.trajectories, ctx
             )
             doing = "evaluate_cell"
-            evaluation = step_function("evaluate_cell")(run.spec, row, trained, shared.model, shared.data, ctx)
+            evaluation = step_function("evaluate_cell")(
+                run.spec, row, trained, shared.model, shared.data, ctx, anchors=shared.anchors
+            )
     except KeyboardInterrupt:
         tracker.finish("KILLED", timeout_s=3)
         raise

@@ -109,7 +109,9 @@ def train_cell(
     return Trained(str(entry.path), str(entry.path / "metrics.jsonl"), entry.result, entry.hit, entry.origin)
 
 
-def evaluate_cell(spec: Any, row: Any, trained: Trained, model: Thing, data: Thing, ctx: Any) -> Evaluated:
+def evaluate_cell(
+    spec: Any, row: Any, trained: Trained, model: Thing, data: Thing, ctx: Any, anchors: Thing
+) -> Evaluated:
     def work(payload: Path, work_dir: Path) -> dict[str, Any]:
         (payload / "evaluation.json").write_text("{}")
         return {"unigram_nats_per_token": 6.0, "nelbo_nats_per_token": {"value": 4.0, "se": 0.1}, "block_size": 8}

@@ -27,9 +27,14 @@ def test_rows_needs_and_shared_work() -> None:
     four = rows["repr_align_4"].requirements.anchors
     assert four is not None
     assert four.layers == ("8", "15", "23", "final")
-    assert made.shared.anchors is not None
-    assert made.shared.anchors.layers == ("embed", *(str(i) for i in range(1, 30)), "final")
-    assert made.shared.anchors.positions == "response_predictors"
+    every = ("embed", *(str(i) for i in range(1, 30)), "final")
+    assert [(row, need.layers) for row, need in made.shared.anchors] == [
+        ("repr_align_4", four.layers),
+        ("repr_align_all", every),
+        ("repr_align_trajectory", every),
+    ]
+    assert [cost.rows for cost in made.cost.anchors] == [("repr_align_4",), ("repr_align_all", "repr_align_trajectory")]
+    assert all(cost.need.positions == "response_predictors" for cost in made.cost.anchors)
     assert [(row, need.cell, need.share) for row, need in made.shared.prefixes] == [
         ("repr_align_trajectory", "repr_align_all", 0.4)
     ]
@@ -53,8 +58,7 @@ def test_several_seeds_make_several_rows() -> None:
 
 def test_no_needs_no_shared_work() -> None:
     made = plan(cells="ar,random_mask")
-    assert made.shared.anchors is None
-    assert made.shared.prefixes == made.shared.trajectories == ()
+    assert made.shared.anchors == made.cost.anchors == made.shared.prefixes == made.shared.trajectories == ()
     assert "anchors" not in made.cost.disk
     assert "cache anchors" not in made.cost.shared_s
 
@@ -78,17 +82,20 @@ def test_steps_of_a_budget(budget: str, steps: int) -> None:
 def test_more_costly_methods_get_fewer_steps_of_a_flop_budget() -> None:
     made = plan("laptop", overrides="budget.kind=flops,budget.value=1e14")
     assert made.cost.rows["repr_align_trajectory"].steps < made.cost.rows["random_mask"].steps
-    spent = {r.row_id: made.cost.rows[r.row_id].train_flops for r in made.rows if r.trains}
-    for flops in spent.values():
-        assert flops == pytest.approx(1e14, rel=0.02)
+    costs = {r.row_id: made.cost.rows[r.row_id] for r in made.rows if r.trains}
+    assert costs["random_mask"].teacher_flops == 0 < costs["repr_align_4"].teacher_flops
+    for name, cost in costs.items():
+        assert cost.train_flops + cost.teacher_flops == pytest.approx(1e14, rel=0.02), name
 
 
 def test_anchors_cover_what_is_trained_on_and_no_more() -> None:
-    made = plan("laptop")
+    made = plan("laptop", overrides="budget.kind=tokens,budget.value=26000")
     steps = made.cost.rows["random_mask"].steps
-    assert made.cost.anchor_sequences == 4 * steps
-    assert made.cost.disk["anchors"] == 4 * steps * 31 * 128 * 576 * 2
-    assert plan("laptop", overrides="data.train_sequences=70").cost.anchor_sequences == 70
+    assert [cost.sequences for cost in made.cost.anchors] == [4 * steps, 4 * steps]
+    # the 128 response tokens and the row before them; what both needs read is there once
+    assert made.cost.disk["anchors"] == 4 * steps * 31 * 129 * 576 * 2
+    fewer = plan("laptop", overrides="budget.kind=tokens,budget.value=26000,data.train_sequences=70")
+    assert [cost.sequences for cost in fewer.cost.anchors] == [70, 70]
 
 
 # -- the text -------------------------------------------------------------------------------------------------------

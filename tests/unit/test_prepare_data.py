@@ -20,11 +20,11 @@ from dllm_core.data.anchors import needed_rows
 from dllm_core.data.order import SampleOrder
 from dllm_core.data.sequences import SequenceSet
 from dllm_core.errors import DataError, ResourceError, StoreError
-from dllm_core.methods.requirements import AnchorNeed
 from dllm_core.methods.trajectory.subset import subset
 from params.schema import GridSpec
+from steps.anchor_needs import WantedAnchors, wanted_anchors
 from steps.cache import upkeep
-from steps.cache_anchors import AnchorArtifact, cache_anchors, cover_anchors, presented_samples
+from steps.cache_anchors import AnchorArtifact, AnchorPart, cache_anchors, cover_anchors
 from steps.context import Context
 from steps.prepare_data import DataArtifact, prepare_data
 from steps.prepare_model import ModelArtifact
@@ -193,26 +193,32 @@ def run_both(spec: GridSpec, model: ModelArtifact, ctx: Context) -> tuple[DataAr
     return data, anchors
 
 
+def only(anchors: AnchorArtifact | None) -> AnchorPart:
+    assert anchors is not None
+    (part,) = anchors.parts
+    return part
+
+
 def test_only_sequences_within_the_budget_are_computed(
     spec: GridSpec, model: ModelArtifact, context: Callable[..., Context]
 ) -> None:
     data, anchors = run_both(spec, model, context())
     order = SampleOrder(40, 0)
-    assert anchors.sample_ids == tuple(sorted(order[i][0] for i in range(5 * 4)))
-    assert anchors.layers == ("1", "final")
-    assert anchors.positions == "response_predictors"
+    part = only(anchors)
+    assert part.sample_ids == tuple(sorted(order[i][0] for i in range(5 * 4)))
+    assert (part.wanted.layers, part.wanted.positions) == (("1", "final"), "response_predictors")
     store = anchors.open()
     train = SequenceSet.load(Path(data.train_dir))
-    batch = train.batch_of(anchors.sample_ids)
+    batch = train.batch_of(part.sample_ids)
     rows = needed_rows(batch, "response_predictors")
-    assert store.missing(list(rows), anchors.layers, rows) == []
+    assert store.missing(list(rows), part.wanted.layers, rows) == []
     assert len(list(Path(anchors.store_dir).rglob("*.safetensors"))) == 20
     assert anchors.num_bytes == sum(p.stat().st_size for p in Path(anchors.store_dir).rglob("*.safetensors"))
-    assert anchors.error is not None
-    assert anchors.error < 0.01
-    seconds, flops = anchors.stand_alone_cost(10)
-    assert 0 < seconds == pytest.approx(anchors.seconds / 2)
-    assert 0 < flops == pytest.approx(anchors.flops / 2)
+    assert part.error is not None
+    assert part.error < 0.01
+    seconds, flops = part.stand_alone_cost(10)
+    assert 0 < seconds == pytest.approx(part.seconds / 2)
+    assert 0 < flops == pytest.approx(part.flops / 2)
 
 
 def test_rows_without_anchors_cost_nothing(
@@ -230,14 +236,20 @@ def test_a_larger_budget_or_another_layer_computes_only_what_is_new(
     before = {p: p.stat().st_mtime_ns for p in Path(first.store_dir).rglob("*.safetensors")}
     assert cache_anchors(spec, model, data, context("run2")).hit
     larger = cache_anchors(make_spec(text_dir, **{"budget.value": "500"}), model, data, ctx)
-    assert (larger.hit, len(larger.sample_ids)) == (False, 32)
+    assert (larger.hit, len(only(larger).sample_ids)) == (False, 32)
     assert larger.store_dir == first.store_dir
     assert all(p.stat().st_mtime_ns == t for p, t in before.items())
     assert any("12 of 32 sequences" in line for line in ctx.lines)
-    everything = cache_anchors(make_spec(text_dir, ["repr_align_all"]), model, data, ctx)
-    assert everything.layers == ("embed", "1", "final")
-    assert everything.seconds >= first.seconds, "stand-alone cost does not shrink because others paid before"
+    everything = only(cache_anchors(make_spec(text_dir, ["repr_align_all"]), model, data, ctx))
+    assert everything.wanted.layers == ("embed", "1", "final")
+    assert everything.seconds >= only(first).seconds, "stand-alone cost does not shrink because others paid before"
     assert cache_anchors(spec, model, data, context("run3")).hit
+
+
+def samples(spec: GridSpec, model: ModelArtifact, data: DataArtifact, ctx: Context) -> set[int]:
+    (one,) = wanted_anchors(spec, model, data, ctx)
+    assert one.sample_ids == tuple(sorted(set(one.sample_ids)))
+    return set(one.sample_ids)
 
 
 def test_two_seeds_need_the_sequences_of_both(
@@ -251,9 +263,9 @@ def test_two_seeds_need_the_sequences_of_both(
     for budget, steps in ((320, 3), (384, 3), (385, 4)):
         planned = spec.model_copy(update={"budget": spec.budget.model_copy(update={"value": float(budget)})})
         expected = {SampleOrder(1000, seed)[i][0] for seed in (0, 1) for i in range(steps * 4)}
-        assert set(presented_samples(planned, model, data, context())) == expected
+        assert samples(planned, model, data, context()) == expected
     everything = spec.model_copy(update={"budget": spec.budget.model_copy(update={"value": 1e6})})
-    assert presented_samples(everything, model, data, context()) == tuple(range(1000))
+    assert samples(everything, model, data, context()) == set(range(1000))
 
 
 def test_the_looped_subset_of_a_trajectory_row_is_covered(
@@ -266,7 +278,7 @@ def test_the_looped_subset_of_a_trajectory_row_is_covered(
     order = SampleOrder(1000, 0)
     # 5 steps of 4, branch after 2 of them, then 30 different responses
     expected = {order[i][0] for i in range(2 * 4)} | {s for s, _ in subset(order, 2 * 4, 30)}
-    assert set(presented_samples(spec, model, data, context())) == expected
+    assert samples(spec, model, data, context()) == expected
 
 
 def test_lost_and_damaged_chunks_are_computed_again(
@@ -330,8 +342,10 @@ def test_refusals_come_before_any_work(
 ) -> None:
     spec, ctx = make_spec(text_dir, **{"anchors.dtype": "int8"}), context()
     data = prepare_data(spec, model, ctx)
-    with pytest.raises(StoreError, match="int8 keep a state's direction only"):
-        cover_anchors(spec, AnchorNeed(layers=("1",), positions="all"), [0], model, data, ctx)
+    for positions in ("all", "response"):
+        one = WantedAnchors(layers=("1",), positions=positions, heldout=False, sample_ids=(0,))
+        with pytest.raises(StoreError, match="int8 keep a state's direction only"):
+            cover_anchors(spec, [one], model, data, ctx)
     monkeypatch.setattr(anchor_files, "free_bytes", lambda _: 1000)
     with pytest.raises(ResourceError, match=r"The anchors need .* has 1\.0 kB free") as error:
         cache_anchors(spec, model, data, ctx)
@@ -344,8 +358,9 @@ def test_every_stored_precision_agrees_with_live_states(
     dtype: str, text_dir: Path, model: ModelArtifact, context: Callable[..., Context]
 ) -> None:
     _, anchors = run_both(make_spec(text_dir, **{"anchors.dtype": dtype}), model, context())
-    assert anchors.error is not None
-    assert anchors.error < {"fp32": 1e-4, "bf16": 0.01, "int8": 0.1, "fp8": 0.1}[dtype]
+    error = only(anchors).error
+    assert error is not None
+    assert error < {"fp32": 1e-4, "bf16": 0.01, "int8": 0.1, "fp8": 0.1}[dtype]
 
 
 def test_states_of_something_else_are_noticed(
@@ -355,8 +370,9 @@ def test_states_of_something_else_are_noticed(
     data, anchors = run_both(spec, model, ctx)
     store = anchors.open()
     train = SequenceSet.load(Path(data.train_dir))
-    for sample in anchors.sample_ids:
-        wrong = {layer: torch.randn(LENGTH, 32) for layer in anchors.layers}
+    part = only(anchors)
+    for sample in part.sample_ids:
+        wrong = {layer: torch.randn(LENGTH, 32) for layer in part.wanted.layers}
         store.files.path(train.keys[sample]).unlink()
         store.write(train.keys[sample], wrong, ((7, 23),))
     with pytest.raises(StoreError, match="standard deviations off"):

@@ -1,0 +1,200 @@
+"""What training and measuring one row costs: steps from the budget, seconds from a machine's rates, bytes counted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from dllm_core.methods.requirements import NetworkCost
+from dllm_core.training.budget import steps_from_flops
+from params.schema import GridSpec
+from steps.estimates import (
+    DTYPE_BYTES,
+    MemoryEstimate,
+    ModelShape,
+    RowCost,
+    ar_seconds,
+    decode_seconds,
+    network_memory,
+    training_memory,
+)
+from steps.machine import Machine
+from steps.plan_rows import PlannedRow
+
+
+def response_tokens(spec: GridSpec) -> int:
+    """Return response tokens of a sequence; a packed one is taken to hold nothing else."""
+    return spec.data.response_tokens if spec.data.layout == "windows" else spec.data.length
+
+
+def own_network(row: PlannedRow, shape: ModelShape) -> NetworkCost | None:
+    """Return sizes of a row's own networks; None where the base model itself is trained."""
+    return row.options.network(shape.base(converted=False))
+
+
+def step_flops(spec: GridSpec, row: PlannedRow, shape: ModelShape) -> float:
+    """FLOPs of one optimiser step: a backward pass costs two forwards; half of the response rows reach the head."""
+    size = row.train.batch_size
+    network = own_network(row, shape)
+    if network is not None:
+        return network.flops_per_response_token * size * response_tokens(spec)
+    head_rows = size * response_tokens(spec) * (1.0 if row.capabilities.causal else 0.5)
+    return 3.0 * shape.forward_flops(size * spec.data.length, spec.data.length, head_rows) * row.cost_factor
+
+
+def distinct_sequences(row: PlannedRow, steps: int, sequences: int | None) -> int:
+    """Return how many distinct training sequences a row presents within its steps.
+
+    Args:
+        row: which row.
+        steps: its optimiser steps.
+        sequences: size of the training set; None when unknown, then none comes twice.
+    """
+    needs = row.requirements
+    count = steps * row.train.batch_size
+    if needs.trajectories is not None and needs.prefix is not None:  # it loops over a subset after the branch
+        before = round(needs.prefix.share * steps) * row.train.batch_size
+        count = min(count, before + needs.trajectories.responses)
+    most = needs.anchors.sequences if needs.anchors is not None else None
+    return min(n for n in (count, most, sequences) if n is not None)
+
+
+def teacher_flops(spec: GridSpec, row: PlannedRow, shape: ModelShape, distinct: int) -> float:
+    """Return what a row is charged for the anchors of so many sequences."""
+    return distinct * shape.teacher_flops(spec.data.length) if row.requirements.anchors is not None else 0.0
+
+
+def planned_steps(spec: GridSpec, row: PlannedRow, shape: ModelShape, sequences: int | None, machine: Machine) -> int:
+    """Convert the budget into optimiser steps; those of `seconds` and `flops` are estimates until the run."""
+    if not row.trains:
+        return 0
+    if spec.budget is None:
+        return row.train.steps or 0
+    kind, value = spec.budget.kind, spec.budget.value
+    flops = step_flops(spec, row, shape)
+    if kind == "flops":
+
+        def charged(steps: int) -> float:
+            return steps * flops + teacher_flops(spec, row, shape, distinct_sequences(row, steps, sequences))
+
+        return steps_from_flops(value, charged)
+    if kind == "tokens":
+        steps = value / (row.train.batch_size * response_tokens(spec))
+    elif kind == "seconds":
+        steps = value / machine.seconds(flops, 1, machine.dtype(row.train.dtype))
+    else:
+        steps = value * (sequences or 0) / row.train.batch_size
+    return max(1, math.ceil(steps - 1e-9))
+
+
+def row_cost(
+    spec: GridSpec,
+    row: PlannedRow,
+    factors: Mapping[str, float],
+    shape: ModelShape,
+    sequences: int | None,
+    machine: Machine,
+) -> RowCost:
+    """Estimate one row; `factors` are the cost factors of all cells by name."""
+    steps = planned_steps(spec, row, shape, sequences, machine)
+    distinct = distinct_sequences(row, steps, sequences)
+    flops = steps * step_flops(spec, row, shape)
+    seconds = machine.seconds(flops, steps, machine.dtype(row.train.dtype)) if steps else 0.0
+    prefix = row.requirements.prefix
+    if prefix is not None:  # trained once, by the cell it comes from or as shared work
+        first = prefix.share * factors[prefix.cell]
+        seconds *= max(0.0, row.cost_factor - first) / row.cost_factor
+    return RowCost(
+        steps=steps,
+        distinct=distinct,
+        train_flops=flops,
+        teacher_flops=teacher_flops(spec, row, shape, distinct),
+        train_s=seconds,
+        evaluate_s=_evaluate_seconds(spec, row, shape, machine),
+        benchmark_s=_benchmark_seconds(spec, row, shape, machine),
+    )
+
+
+def _evaluate_seconds(spec: GridSpec, row: PlannedRow, shape: ModelShape, machine: Machine) -> float:
+    settings, length = spec.eval, spec.data.length
+    dtype = machine.dtype(settings.dtype)
+
+    def forwards(sequences: float, head_rows: float) -> float:
+        flops = shape.forward_flops(sequences * length, length, sequences * head_rows)
+        return machine.seconds(flops, math.ceil(sequences / settings.batch_size), dtype)
+
+    total = 0.0
+    if row.capabilities.exact_likelihood:
+        total += forwards(settings.nelbo_sequences, response_tokens(spec))
+    if row.capabilities.nelbo:
+        total += 2 * forwards(settings.nelbo_sequences * settings.nelbo_samples, response_tokens(spec) / 2)
+        total += forwards(settings.mask_ratio_sequences * len(settings.mask_ratios), response_tokens(spec) / 2)
+    samples = settings.frontier_samples * len(settings.frontier_temperatures)
+    new = response_tokens(spec)
+    network = own_network(row, shape)
+    if network is not None:
+        total += _latent_seconds(network, machine, tokens=samples * new, steps=settings.frontier_steps, dtype=dtype)
+    elif row.capabilities.unmasking:
+        decodes = math.ceil(samples / settings.batch_size)
+        total += decodes * decode_seconds(
+            shape,
+            machine,
+            length=length,
+            new=new,
+            steps=settings.frontier_steps,
+            batch=settings.batch_size,
+            dtype=dtype,
+        )
+    elif row.capabilities.causal:
+        total += math.ceil(samples / settings.batch_size) * ar_seconds(
+            shape, machine, new=new, batch=settings.batch_size, dtype=dtype
+        )
+    return total + forwards(samples, new)  # the judge reads them all
+
+
+def _benchmark_seconds(spec: GridSpec, row: PlannedRow, shape: ModelShape, machine: Machine) -> float:
+    bench = spec.bench
+    dtype = machine.dtype(row.train.dtype)
+    network = own_network(row, shape)
+    total = 0.0
+    for batch in bench.batch_sizes:
+        if network is not None:
+            tokens = batch * bench.new_tokens
+            total += sum(_latent_seconds(network, machine, tokens=tokens, steps=n, dtype=dtype) for n in bench.steps)
+        elif row.capabilities.unmasking:
+            total += sum(
+                decode_seconds(
+                    shape,
+                    machine,
+                    length=bench.prompt_tokens + bench.new_tokens,
+                    new=bench.new_tokens,
+                    steps=steps,
+                    batch=batch,
+                    dtype=dtype,
+                )
+                for steps in bench.steps
+            )
+        elif row.capabilities.causal:
+            total += ar_seconds(shape, machine, new=bench.new_tokens, batch=batch, dtype=dtype)
+    return total * (bench.rounds + bench.warmup_rounds)
+
+
+def _latent_seconds(network: NetworkCost, machine: Machine, *, tokens: float, steps: int, dtype: str) -> float:
+    """Time of decoding through a room's own networks, as if every step ran all of them: an upper bound."""
+    return steps * machine.seconds(tokens * network.flops_per_response_token / 3.0, 1, dtype)
+
+
+def row_memory(spec: GridSpec, row: PlannedRow, shape: ModelShape, machine: Machine) -> MemoryEstimate:
+    """Estimate the bytes at the peak of training a row, or of measuring one that is not trained."""
+    sequences = row.train.micro_batch_size or row.train.batch_size
+    dtype = machine.dtype(row.train.dtype)
+    network = own_network(row, shape)
+    if network is not None:
+        return network_memory(network, shape.hidden, sequences * response_tokens(spec), dtype=dtype)
+    if not row.trains:
+        size = DTYPE_BYTES[machine.dtype(spec.eval.dtype)]
+        base = training_memory(shape, 0, spec.data.length, dtype="fp32", checkpointing=True)
+        return MemoryEstimate(weights=size * shape.parameters, activations=0.0, rest=base.rest)
+    return training_memory(
+        shape, sequences, spec.data.length, dtype=dtype, checkpointing=row.train.activation_checkpointing
+    )
