@@ -1,8 +1,6 @@
-"""Attention for short bf16 sequences on CPU: plain matrix products, registered with transformers like any other kind.
+"""The plain attention of `dllm_core.layers.attention`, registered with transformers like any other kind.
 
-torch's CPU flash kernel is made for long sequences. At the lengths trained on here it spends several times longer than
-two batched products and a softmax, most of all in the backward pass (benchmarks/attention.py measures both), while the
-scores it avoids storing are small. All other cases go to transformers' own `sdpa`.
+It serves short bf16 sequences on CPU. All other cases go to transformers' own `sdpa`.
 
 B batch, H heads, L length, D head dim.
 """
@@ -17,9 +15,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from dllm_core.layers.attention import is_plain, plain_attend
+
 NAME = "dllm_sdpa"
-LONGEST = 512
-"""Tokens up to which the plain products win over the flash kernel."""
 
 
 def attention(
@@ -36,10 +34,7 @@ def attention(
     """Return ([B, L, H, D], None), as transformers expects of an attention function; queries may be fewer than keys."""
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     plain = (
-        query_BHLD.device.type == "cpu"
-        and query_BHLD.dtype == torch.bfloat16
-        and 1 < query_BHLD.shape[2] <= LONGEST
-        and key_BHLD.shape[2] <= LONGEST
+        is_plain(query_BHLD, key_BHLD)
         and (attention_mask is None or attention_mask.dtype == torch.bool)
         and not (causal and attention_mask is None)
         and dropout == 0.0
@@ -70,11 +65,8 @@ def plain_attention(
 ) -> tuple[Tensor, None]:
     """Return softmax(q k^T) v, never causal by itself; arguments as for `attention`, a mask is bool (True: seen)."""
     groups = getattr(module, "num_key_value_groups", 1)
-    scale = query_BHLD.shape[-1] ** -0.5 if scaling is None else scaling
-    scores_BHLL = torch.matmul(query_BHLD * scale, repeat_kv(key_BHLD, groups).transpose(2, 3))
-    if attention_mask is not None:
-        scores_BHLL = scores_BHLL.masked_fill(~attention_mask, -torch.inf)
-    out_BHLD = torch.matmul(torch.softmax(scores_BHLL, -1), repeat_kv(value_BHLD, groups))
+    key_BHLD, value_BHLD = repeat_kv(key_BHLD, groups), repeat_kv(value_BHLD, groups)
+    out_BHLD = plain_attend(query_BHLD, key_BHLD, value_BHLD, attention_mask, scaling)
     return out_BHLD.transpose(1, 2).contiguous(), None
 
 

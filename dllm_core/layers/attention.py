@@ -2,6 +2,10 @@
 
 B batch, L queries, M keys, W width, N heads, H head width. Keys and values are made apart from the queries, so that
 those of a conditioning that does not change can be made once and kept.
+
+bf16 on CPU is a case of its own. torch's flash kernel there is made for long sequences; at the lengths trained on here
+it spends several times longer than two batched products and a softmax, most of all in the backward pass
+(benchmarks/attention.py measures both), while the scores it avoids storing are small.
 """
 
 from __future__ import annotations
@@ -12,7 +16,9 @@ from torch.nn import functional as F
 
 ROPE_THETA = 10_000.0
 LONGEST_PLAIN = 512
-"""Keys up to which plain products beat torch's flash kernel for bf16 on CPU (see `dllm_core.backbone.attention`)."""
+"""Queries and keys up to which plain products beat torch's flash kernel for bf16 on CPU."""
+NORM_EPS = 1e-6
+"""Named, since torch's default differs between dtypes."""
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values, [B, N, M, H] each."""
@@ -37,10 +43,43 @@ def rotation(position_BM: Tensor, head_width: int, theta: float = ROPE_THETA) ->
 
 
 def rotate(x_BNMH: Tensor, by: Rotation) -> Tensor:
-    """Return `x_BNMH` with the pairs (i, i + H/2) of each head turned by their angles."""
+    """Return `x_BNMH` with the pairs (i, i + H/2) of each head turned by their angles.
+
+    Angles are fp32 whatever the dtype of `x_BNMH`, since positions need its precision; their cosines and sines do not.
+    """
     cos, sin = (part.to(x_BNMH.dtype) for part in by)
     first, second = x_BNMH.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def is_plain(query_BNLH: Tensor, key_BNMH: Tensor) -> bool:
+    """Say whether plain products are the faster way: bf16 on CPU, several queries, nothing longer than the limit."""
+    return (
+        query_BNLH.device.type == "cpu"
+        and query_BNLH.dtype == torch.bfloat16
+        and 1 < query_BNLH.shape[2] <= LONGEST_PLAIN
+        and key_BNMH.shape[2] <= LONGEST_PLAIN
+    )
+
+
+def plain_attend(
+    query_BNLH: Tensor, key_BNMH: Tensor, value_BNMH: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """Return softmax(scale q k) v by two products, [B, N, L, H]; O(L M) memory.
+
+    Args:
+        query_BNLH: queries.
+        key_BNMH: keys, of as many heads.
+        value_BNMH: values.
+        mask: as in `attend`; a query that sees nothing gives the mean of the values.
+        scale: None for 1 / sqrt(H).
+    """
+    scale = query_BNLH.shape[-1] ** -0.5 if scale is None else scale
+    scores_BNLM = torch.matmul(query_BNLH * scale, key_BNMH.transpose(2, 3))
+    if mask is not None:
+        # not -inf: its softmax is NaN where nothing is seen, and NaN survives a loss that leaves the row out
+        scores_BNLM = scores_BNLM.masked_fill(~mask, torch.finfo(scores_BNLM.dtype).min)
+    return torch.matmul(torch.softmax(scores_BNLM, -1), value_BNMH)
 
 
 def attend(query_BNLH: Tensor, key_BNMH: Tensor, value_BNMH: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -50,20 +89,37 @@ def attend(query_BNLH: Tensor, key_BNMH: Tensor, value_BNMH: Tensor, mask: Tenso
         query_BNLH: queries.
         key_BNMH: keys.
         value_BNMH: values.
-        mask: bool, True where a query sees a key; [B or 1, 1, L or 1, M]. A query that sees nothing gives NaN.
+        mask: bool, True where a query sees a key; [B or 1, 1, L or 1, M]. What a query gets that sees nothing depends
+            on the kernel (zeros, a mean, NaN): masks from `key_mask` hold no such query.
     """
-    plain = query_BNLH.device.type == "cpu" and query_BNLH.dtype == torch.bfloat16
-    if not plain or key_BNMH.shape[2] > LONGEST_PLAIN:
-        return F.scaled_dot_product_attention(query_BNLH, key_BNMH, value_BNMH, attn_mask=mask)
-    scores_BNLM = torch.matmul(query_BNLH * query_BNLH.shape[-1] ** -0.5, key_BNMH.transpose(2, 3))
-    if mask is not None:
-        scores_BNLM = scores_BNLM.masked_fill(~mask, -torch.inf)
-    return torch.matmul(torch.softmax(scores_BNLM, -1), value_BNMH)
+    if is_plain(query_BNLH, key_BNMH):
+        return plain_attend(query_BNLH, key_BNMH, value_BNMH, mask)
+    return F.scaled_dot_product_attention(query_BNLH, key_BNMH, value_BNMH, attn_mask=mask)
 
 
 def key_mask(visible_BM: Tensor | None) -> Tensor | None:
-    """Return a mask over keys as `attend` takes it."""
-    return None if visible_BM is None else visible_BM[:, None, None, :]
+    """Return a mask over keys as `attend` takes it.
+
+    A row with nothing visible (padding of a batch) sees everything instead, so that states nobody reads stay finite.
+    """
+    if visible_BM is None:
+        return None
+    return (visible_BM | ~visible_BM.any(dim=1, keepdim=True))[:, None, None, :]
+
+
+def joined_key_mask(*sources: tuple[Tensor | None, Tensor]) -> Tensor | None:
+    """Return `key_mask` over the keys of several sources one after the other, None when everything is visible.
+
+    Args:
+        sources: of each, what is visible (bool [B, M]; None: all) and a tensor [B, M, ...] of its size.
+    """
+    if all(visible_BM is None for visible_BM, _ in sources):
+        return None
+    visible = [
+        torch.ones(like.shape[:2], dtype=torch.bool, device=like.device) if visible_BM is None else visible_BM
+        for visible_BM, like in sources
+    ]
+    return key_mask(torch.cat(visible, dim=1))
 
 
 class Attention(nn.Module):
@@ -81,8 +137,8 @@ class Attention(nn.Module):
         self.to_query = nn.Linear(width, width, bias=False)
         self.to_key_value = nn.Linear(width, 2 * width, bias=False)
         self.to_out = nn.Linear(width, width, bias=False)
-        self.query_norm = nn.RMSNorm(self.head_width)
-        self.key_norm = nn.RMSNorm(self.head_width)
+        self.query_norm = nn.RMSNorm(self.head_width, eps=NORM_EPS)
+        self.key_norm = nn.RMSNorm(self.head_width, eps=NORM_EPS)
 
     def _heads(self, x_BMW: Tensor) -> Tensor:
         return x_BMW.unflatten(-1, (-1, self.head_width)).transpose(1, 2)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dllm_core.layers.attention import Attention, KeysValues, Rotation, joined, rotation
+from dllm_core.layers.attention import Attention, KeysValues, Rotation, joined, joined_key_mask, rotation
 from dllm_core.layers.feedforward import FeedForward
 from dllm_core.layers.time_embedding import TimeEmbedding
 
@@ -147,23 +147,13 @@ class DiT(nn.Module):
             prefix: conditioning; None for none.
             visible_BL: bool; positions that are no padding (None: all).
         """
-        mask = _mask(prefix, visible_BL, x_BLW)
+        sources: list[tuple[Tensor | None, Tensor]] = [(visible_BL, x_BLW)]
+        if prefix is not None:
+            key_BNPH, _ = prefix.keys_values[0]
+            sources.insert(0, (prefix.visible_BP, key_BNPH[:, 0]))
+        mask = joined_key_mask(*sources)
         kept = prefix.keys_values if prefix is not None else (None,) * len(self.blocks)
         for block, modulation, keys_values in zip(self.blocks, modulations.blocks, kept, strict=True):
             x_BLW = block(x_BLW, modulation, by, keys_values, mask)
         shift, scale = modulations.final.chunk(2, dim=-1)
         return modulated(x_BLW, shift, scale)
-
-
-def _mask(prefix: Prefix | None, visible_BL: Tensor | None, x_BLW: Tensor) -> Tensor | None:
-    """Return the mask over conditioning and own keys, None when everything is visible."""
-    before = None if prefix is None else prefix.visible_BP
-    if before is None and visible_BL is None:
-        return None
-    own = torch.ones(x_BLW.shape[:2], dtype=torch.bool, device=x_BLW.device) if visible_BL is None else visible_BL
-    if prefix is None:
-        return own[:, None, None, :]
-    if before is None:
-        rows, length = x_BLW.shape[0], prefix.keys_values[0][0].shape[2]
-        before = torch.ones((rows, length), dtype=torch.bool, device=x_BLW.device)
-    return torch.cat((before, own), dim=1)[:, None, None, :]

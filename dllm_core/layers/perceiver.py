@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dllm_core.layers.attention import Attention, Rotation, key_mask, rotation
+from dllm_core.layers.attention import Attention, Rotation, joined_key_mask, rotation
 from dllm_core.layers.feedforward import FeedForward
 
 
@@ -76,14 +76,12 @@ class Perceiver(nn.Module):
             latents_BKW: where the latents start.
             position_BL: positions of the input, [L] or [B, L].
             latent_position_BK: positions of the latents, likewise.
-            visible_BL: bool; input that may be looked at (None: all). Given together with `visible_BK`.
-            visible_BK: bool; latents that may be looked at.
+            visible_BL: bool; input that may be looked at (None: all).
+            visible_BK: bool; latents that may be looked at (None: all).
         """
         own = rotation(latent_position_BK, self.head_width)
         both = rotation(torch.cat((position_BL, latent_position_BK), dim=-1), self.head_width)
-        mask = None
-        if visible_BL is not None and visible_BK is not None:
-            mask = key_mask(torch.cat((visible_BL, visible_BK), dim=1))
+        mask = joined_key_mask((visible_BL, x_BLW), (visible_BK, latents_BKW))
         for layer in self.layers:
             latents_BKW = layer(x_BLW, latents_BKW, both, own, mask)
         return self.norm(latents_BKW)

@@ -6,6 +6,7 @@ W width. A test compares every count with the module it describes.
 from __future__ import annotations
 
 TIME_FREQUENCIES = 256
+"""Cosines and sines together that the time is written as."""
 
 
 def attention(width: int, num_heads: int) -> int:

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-FREQUENCIES = 256
+from dllm_core.layers import sizes
+
+FREQUENCIES = sizes.TIME_FREQUENCIES
 SCALE = 1000.0
 
 
 def sinusoids(t: Tensor, num: int = FREQUENCIES) -> Tensor:
-    """Return cosines and sines of 1000 t at `num / 2` frequencies from 1 down to 1e-4, fp32, [..., num]."""
+    """Return cos(1000 t w_i), then sin(1000 t w_i), w_i = 10000^(-2i / num) for i < num / 2: fp32, [..., num]."""
     half = num // 2
     frequency = torch.exp(-math.log(10_000.0) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
     angle = SCALE * t.float()[..., None] * frequency
