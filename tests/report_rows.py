@@ -47,7 +47,7 @@ def evaluation(nats: float, *, kind: str = "nelbo", shift: float = 0.0) -> dict[
     }
 
 
-def summary() -> dict[str, Any]:
+def training_summary() -> dict[str, Any]:
     return {
         "steps": 10,
         "final_loss": 5.0,
@@ -82,7 +82,7 @@ def write_report(tmp_path: Path, extra: Sequence[RowResult] = ()) -> Any:
             trained=True,
             metrics_path=str(metrics),
             cell_dir=str(tmp_path / "cache" / name),
-            train=summary(),
+            train=training_summary(),
             evaluation=evaluation(nats, **more),
         )
 

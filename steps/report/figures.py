@@ -78,9 +78,11 @@ def quality_vs_speed(results: Results) -> Figure | None:
     if boundless:
         note = f"no bound: {', '.join(boundless)}\n(see text quality and speed)"
         axes.annotate(note, (0.99, 0.99), xycoords="axes fraction", fontsize=7, ha="right", va="top", color="grey")
+    if not drawn:
+        return None
     axes.set_xscale("log")
     axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return figure if drawn else None
+    return figure
 
 
 def text_quality_vs_speed(results: Results) -> Figure | None:

@@ -19,9 +19,9 @@ from steps.report.tables import markdown_table
 from tests.report_rows import write_report
 
 
-@pytest.fixture
-def report(tmp_path: Path) -> Any:
-    return write_report(tmp_path)
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return write_report(tmp_path_factory.mktemp("report"))
 
 
 def test_results_json_round_trips_through_its_schema(report: Any) -> None:

@@ -1,0 +1,262 @@
+"""A row without a likelihood bound in the report: named, compared by what it has, never mixed with bounds."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steps.report import RowResult
+from steps.report.compare import PerSequence, has_no_bound, paired_difference, speed_at
+from steps.report.curves import health_curves, loss_curve, still_rising
+from steps.report.publish import publish
+from steps.report.schema import Results
+from steps.report.summary import headline
+from steps.report.tables import health_lines
+from steps.tracking import numbers
+from tests.report_rows import REFERENCE, training_summary, write_report
+
+ROOT = Path(__file__).resolve().parents[2]
+DIAGNOSTICS = {
+    "reconstruction_accuracy": 0.953,
+    "reconstruction_accuracy_noisy": 0.901,
+    "decode_accuracy_from_x0_hat": {"0.2": 0.8, "0.4": 0.55, "0.6": 0.3},
+    "latent_effective_rank": 41.26,
+    "shuffle_test": {"plain": 0.95, "shuffled": 0.02},
+    "adaptive_bin_losses": {str(i): i / 10 for i in range(20)},
+    "decoder_margin_nats": None,
+}
+
+
+def point(temperature: float, **more: Any) -> dict[str, Any]:
+    return {
+        "temperature": temperature,
+        "judge_ppl": 500.0,
+        "judge": "base (self-judged)",
+        "unigram_entropy_nats": 5.6,
+        "repetition_4": 0.01,
+        "steps": 16,
+        "overlap_1": 0.2,
+        "overlap_1_other": 0.19,
+        "overlap_1_gain": {"value": 0.01, "se": 0.02},
+        **more,
+    }
+
+
+def latent_row(metrics: Path) -> RowResult:
+    lines = [
+        {
+            "step": i,
+            "train/loss": 2.0,
+            "train/ce_nats": 1.0,
+            "train/reconstruction_accuracy": i / 100,
+            "train/diffusion_mse": 1 - i / 100,
+        }
+        for i in range(90)
+    ]
+    metrics.write_text("\n".join(map(json.dumps, lines)))
+    evaluation = {
+        "nelbo_nats_per_token": None,
+        "unigram_nats_per_token": 6.8,
+        "masked_accuracy": {},
+        "frontier": [point(0.7), point(1.0, judge_ppl=900.0)],
+        "samples": [{"prompt": "My fellow", "continuation": " latents", "temperature": 0.7, "steps": 16}],
+        "history": None,
+        "per_sequence": {},
+        "diagnostics": DIAGNOSTICS,
+        "num_documents": 3,
+    }
+    return RowResult(
+        "ldlm",
+        "ldlm",
+        "ldlm",
+        0,
+        "ok",
+        True,
+        metrics_path=str(metrics),
+        train=training_summary(),
+        evaluation=evaluation,
+    )
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    directory = tmp_path_factory.mktemp("report")
+    return write_report(directory, [latent_row(directory / "latent.jsonl")])
+
+
+def loaded(report: Any) -> Results:
+    return Results.model_validate_json(Path(report.results_path).read_text())
+
+
+def table_of(report: Any, title: str) -> list[str]:
+    section = Path(report.markdown_path).read_text().split(f"## {title}\n")[1].split("\n## ")[0]
+    return [line for line in section.splitlines() if line.startswith("|")]
+
+
+def test_only_the_latent_row_has_no_bound(report: Any) -> None:
+    assert [r.row_id for r in loaded(report).cells if has_no_bound(r)] == ["ldlm"], "the failed row is not one of them"
+
+
+def test_its_likelihood_columns_hold_nothing_and_the_note_says_why(report: Any) -> None:
+    row = next(line for line in table_of(report, "Quality on held-out text") if line.startswith("| ldlm"))
+    assert {cell.strip() for cell in row.split("|")[2:-1]} == {"-"}
+    text = Path(report.markdown_path).read_text()
+    assert "ldlm: generated through continuous latents, which have neither a bound nor" in text
+    assert "clustered by document (3 held-out documents)" in text
+
+
+def test_health_has_a_line_a_figure_and_a_column_a_row(report: Any) -> None:
+    lines = [[c.strip() for c in line.split("|")[1:-1]] for line in table_of(report, "Health of latent rows")]
+    assert lines[0] == ["figure", "ldlm"]
+    found = dict(lines[2:])
+    assert found["reconstruction accuracy"] == "0.953"
+    assert found["decode accuracy from x0 hat (0.2 / 0.4 / 0.6)"] == "0.8 / 0.55 / 0.3"
+    assert found["adaptive bin losses (20 values: least / median / most)"] == "0 / 1 / 1.9"
+    assert found["decoder margin nats"] == "-"
+    assert len(found) == len(DIAGNOSTICS)
+
+
+def test_rows_with_other_figures_share_a_table() -> None:
+    assert health_lines({"a": {"0.2": 1.0}}) == {"a (0.2)": "1"}
+    assert health_lines({"count": 12345, "tiny": 0.00012345, "large": 12345.6}) == {
+        "count": "12,345",
+        "tiny": "0.000123",
+        "large": "12,346",
+    }
+
+
+def test_opening_lines_stay_short_and_tell_the_latent_row(report: Any) -> None:
+    lines = report.lines
+    assert len(lines) <= 10
+    assert lines[0].startswith("4 of 5 rows finished")
+    text = "\n".join(lines)
+    assert "No likelihood bound exists for ldlm" in text
+    health = next(line for line in lines if line.startswith("Held-out tokens reconstructed"))
+    assert "ldlm 95.3 %, 90.1 % from noised latents, still rising when training ended (+18.0 points" in health
+    floor = next(line for line in lines if line.startswith("Nats per token below"))
+    assert "ldlm" not in floor
+    overlap = next(line for line in lines if line.startswith("Overlap"))
+    assert "not beyond: ldlm +1.0 ± 2.0" in overlap
+    assert "beyond 2 se: " not in overlap
+
+
+@pytest.mark.parametrize(
+    ("figures", "told"),
+    [
+        ({"unigram_entropy_nats": 2.0}, "ldlm (entropy 2.0)"),
+        ({"unigram_entropy_nats": None, "repetition_4": 0.8}, "ldlm (80 % repeated 4-grams)"),
+        ({"judge_ppl": 5000.0}, "ldlm (judge ppl 5,000)"),
+        ({}, None),
+    ],
+)
+def test_degenerate_latent_text_is_never_silent(report: Any, figures: dict[str, Any], told: str | None) -> None:
+    results = loaded(report)
+    results.data["reference_text"] = {**REFERENCE, "shuffled_judge_ppl": 1375.0}
+    evaluation = next(r.eval for r in results.cells if r.row_id == "ldlm")
+    assert evaluation is not None
+    for entry in evaluation.frontier:
+        entry.update(figures)
+    found = [line for line in headline(results) if "degenerate" in line]
+    assert bool(found) == bool(told)
+    assert told is None or told in found[0]
+    evaluation.frontier[1].update(point(1.0))
+    assert not any("degenerate" in line for line in headline(results)), "one good temperature is enough"
+
+
+def test_text_tables_hold_every_row_and_the_held_out_text(report: Any) -> None:
+    text = table_of(report, "Generated text")
+    assert sum(line.startswith("| ldlm") for line in text) == 2
+    assert text[-1].startswith("| held-out text")
+    assert [c.strip() for c in text[-1].split("|")[4:7:2]] == ["16.0", "5.80"]
+    (first, _) = [line for line in table_of(report, "Overlap with the true continuation") if line.startswith("| ldlm")]
+    assert [c.strip() for c in first.split("|")[2:6]] == ["0.7", "20.0", "19.0", "+1.0 ± 2.0"]
+
+
+def test_csv_and_tracker_get_every_number(report: Any) -> None:
+    lines = (Path(report.directory) / "results.csv").read_text().splitlines()
+    assert "ldlm,ldlm,ldlm,0,eval/diagnostics/reconstruction_accuracy,0.953," in lines
+    assert "ldlm,ldlm,ldlm,0,eval/diagnostics/decode_accuracy_from_x0_hat@0.4,0.55," in lines
+    assert "ldlm,ldlm,ldlm,0,eval/frontier/T=0.7/overlap_1_gain,0.01,0.02" in lines
+    found = numbers({"diagnostics": DIAGNOSTICS, "frontier": [point(0.7)]}, "eval")
+    assert found["eval/diagnostics/decode_accuracy_from_x0_hat/0.4"] == 0.55
+    assert (found["eval/frontier/T0.7/overlap_1_gain"], found["eval/frontier/T0.7/overlap_1_gain/se"]) == (0.01, 0.02)
+    assert all(re.fullmatch(r"[\w\-. /]+", name) for name in found), "names that MLflow takes"
+
+
+def test_figures_of_latent_rows(report: Any) -> None:
+    assert {"latent_health", "text_quality_vs_speed"} <= set(report.figures)
+    curves = {r.row_id: r.train.health for r in loaded(report).cells if r.train}
+    assert set(curves["ldlm"]) == {"reconstruction_accuracy", "diffusion_mse"}
+    assert curves["random_mask"] == {}
+
+
+def test_a_report_of_latent_rows_alone_can_be_published(report: Any, tmp_path: Path) -> None:
+    results = loaded(report)
+    alone = tmp_path / "alone.json"
+    alone.write_text(results.model_copy(update={"cells": results.cells[-1:]}).model_dump_json())
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "README.md").write_text("<!-- results -->\n<!-- /results -->\n")
+    publish(alone, tmp_path)
+    table = [line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("|")]
+    assert max(map(len, table)) <= 120
+    cells = [c.strip() for c in table[-1].split("|")[1:-1]]
+    assert cells == ["ldlm", "-", "", "20.0 / 19.0", "500 @ 5.6", "100", "1", "20", "64"]
+
+
+def test_reports_of_the_first_schema_still_load() -> None:
+    stored = ROOT / "benchmarks" / "results" / "grid-laptop-2026-11-21.json"
+    results = Results.model_validate_json(stored.read_text())
+    assert results.schema_version == "1.0"
+    assert headline(results)
+
+
+def test_speed_between_measured_numbers_of_steps_is_interpolated_in_time(report: Any) -> None:
+    rows = {r.row_id: r for r in loaded(report).cells}
+    bench = rows["ldlm"].bench
+    assert bench is not None
+    steps = {s: {"tokens_per_s": {"median": v}} for s, v in (("8", 100.0), ("32", 25.0))}
+    row = rows["ldlm"].model_copy(update={"bench": bench.model_copy(update={"steps": steps})})
+    assert speed_at(row, 8) == (pytest.approx(100.0), True)
+    assert speed_at(row, 16) == (pytest.approx(50.0), False), "a step takes as long wherever it is"
+    assert speed_at(row, 4) == (pytest.approx(200.0), False)
+    assert speed_at(row, 64) == (pytest.approx(12.5), False)
+    assert speed_at(row, None) is None
+    assert speed_at(rows["ar_tuned"], 16) == (100.0, True)
+    assert speed_at(rows["repr_align_4"], 8) is None
+
+
+def test_a_resumed_run_counts_its_later_lines(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [
+        {"step": 1, "train/loss": 3.0, "train/a_mse": 9.0},
+        {"step": 2, "train/loss": 2.5, "train/a_mse": 8.0},
+        {"step": 1, "train/loss": 2.0, "train/a_mse": 7.0},
+        {"step": 2, "eval/other": 1.0},
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert health_curves(path) == {"a_mse": [(1.0, 7.0), (2.0, 8.0)]}
+    assert [p["loss"] for p in loss_curve(path)] == [2.0, 2.5]
+    assert health_curves(tmp_path / "none") == {}
+
+
+def test_still_rising_compares_the_last_two_fifths() -> None:
+    assert still_rising([(i, float(i)) for i in range(10)]) == pytest.approx(2.0)
+    assert still_rising([(i, 1.0) for i in range(10)]) == 0.0
+    assert still_rising([(0.0, 5.0)]) == 0.0
+
+
+def test_differences_are_clustered_by_document() -> None:
+    """Copies of a sequence add no certainty; a single document gives no comparison at all."""
+    once = paired_difference(PerSequence([3, 9, 4], [2, 5, 3]), PerSequence([1, 4, 4], [2, 5, 3]), ("a", "b"), "nelbo")
+    first = PerSequence([3, 9, 4] * 4, [2, 5, 3] * 4, [0, 1, 2] * 4)
+    second = PerSequence([1, 4, 4] * 4, [2, 5, 3] * 4, [0, 1, 2] * 4)
+    copied = paired_difference(first, second, ("a", "b"), "nelbo")
+    assert once is not None
+    assert copied is not None
+    assert (copied.difference, copied.se) == pytest.approx((once.difference, once.se))
+    lone = PerSequence(first.nats, first.tokens, [0] * 12)
+    assert paired_difference(lone, second, ("a", "b"), "nelbo") is None
