@@ -65,7 +65,7 @@ def propose(
     for start in range(0, len(hidden_MD), CHUNK_ROWS):
         rows = slice(start, start + CHUNK_ROWS)
         logits_MV = backbone.logits(hidden_MD[rows])
-        token_M = _draw(logits_MV, config, None if uniform_M is None else uniform_M[rows])
+        token_M = draw_tokens(logits_MV, config, None if uniform_M is None else uniform_M[rows])
         if placed_M is not None:
             token_M = torch.where(placed_M[rows] >= 0, placed_M[rows], token_M)
         parts.append(_score(logits_MV, token_M, needs))
@@ -102,7 +102,7 @@ def _score(logits_MV: Tensor, token_M: Tensor, needs: frozenset[str]) -> tuple[T
     return token_M, logprob_M, margin_M, entropy_M
 
 
-def _draw(logits_MV: Tensor, config: DiffusionGenerationConfig, uniform_M: Tensor | None) -> Tensor:
+def draw_tokens(logits_MV: Tensor, config: DiffusionGenerationConfig, uniform_M: Tensor | None) -> Tensor:
     """Draw a token per row at the config's temperature; the most probable one at temperature 0."""
     if config.temperature == 0:
         return logits_MV.argmax(-1)

@@ -1,0 +1,405 @@
+"""LDLM: diffusion on latents that an autoencoder of frozen hidden states is trained for at the same time.
+
+After arXiv:2605.07933. B batch, S segments (one document's response each), L slots, P prompt tokens, K latent
+dimension, D width of the frozen states, V vocabulary. The language model itself is not in memory: its states come
+from the anchor cache, and generating needs only its embedding table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dllm_core.corruption.adaptive_time import AdaptiveTimes
+from dllm_core.corruption.gaussian import TanSchedule
+from dllm_core.corruption.noise import NoiseSource
+from dllm_core.data.batch import Batch
+from dllm_core.data.order import SampleOrder
+from dllm_core.data.sequences import SequenceSet
+from dllm_core.errors import DllmError
+from dllm_core.kernels import token_stats
+from dllm_core.methods.ldlm import generation, objective, start
+from dllm_core.methods.ldlm.base import Base
+from dllm_core.methods.ldlm.draws import draw, weight_totals
+from dllm_core.methods.ldlm.networks import LatentNetworks
+from dllm_core.methods.ldlm.options import Options
+from dllm_core.methods.ldlm.segments import Segments, segments_of
+from dllm_core.methods.protocol import (
+    Corrupted,
+    GenerationOutput,
+    LossOutput,
+    Resources,
+    SamplingRequest,
+    StepInfo,
+)
+from dllm_core.methods.protocol import Method as MethodProtocol
+from dllm_core.methods.requirements import RoomOptions
+from dllm_core.samplers.config import DiffusionGenerationConfig
+from dllm_core.training.ema import Ema
+from dllm_core.training.gradient_gate import encoder_gate
+
+if TYPE_CHECKING:
+    from dllm_core.backbone.backbone import Backbone
+
+REFRESH_STEPS = 1000
+"""Steps between refreshes of the time density until the run's length is known."""
+_SEQUENCES_AT_ONCE = 16
+
+
+class Method(MethodProtocol):
+    """The room's method.
+
+    Args:
+        backbone: a converted model in memory, of which the embedding table is kept and nothing else; or None.
+        options: see `Options`.
+        base: what is known of the language model, where no backbone is given.
+
+    Attributes:
+        networks: all that is trained.
+        embedding_VD: frozen token embeddings, a parameter that is not trained.
+        head_VD: rows along which tokens are read out: the embeddings at unit length, or an own matrix.
+        mean_D, std_D: of the frozen states.
+    """
+
+    options: Options
+    mean_D: Tensor
+    std_D: Tensor
+
+    def __init__(self, backbone: Backbone | None, options: Options, *, base: Base | None = None) -> None:
+        super().__init__(None, options)
+        if base is None:
+            assert backbone is not None, "give a backbone or what is known of one"
+            base = Base.of(backbone)
+        self.base = base
+        hidden, vocab = base.hidden, base.contract.num_tokens
+        self.layer = options.layer_name(base.num_layers)
+        self.networks = LatentNetworks(options.sizes, hidden, vocab, normalise=options.normalise == "rms")
+        table_VD = torch.zeros(vocab, hidden) if base.embedding_VD is None else base.embedding_VD
+        self.embedding_VD = nn.Parameter(table_VD, requires_grad=False)
+        self.register_buffer("mean_D", torch.zeros(hidden))
+        self.register_buffer("std_D", torch.ones(hidden))
+        self.schedule = TanSchedule(options.schedule_d)
+        self.decoder_noise = options.noise_level(self.networks.latent_dim)
+        self.times = AdaptiveTimes(REFRESH_STEPS)
+        self.ema = Ema(self.networks.named_parameters(), options.ema_decay)
+        self._prompt_model: tuple[Backbone, ...] = ()
+
+    @classmethod
+    def from_base(
+        cls,
+        directory: Path,
+        options: RoomOptions,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """Start from a converted checkpoint, of which one tensor is read."""
+        assert isinstance(options, Options)
+        return cls(None, options, base=Base.read(directory)).to(device=device, dtype=dtype)
+
+    # -- the frozen states --------------------------------------------------------------------------------------------
+
+    @property
+    def head_VD(self) -> Tensor:
+        """Rows of the token head, [V, D]."""
+        own = self.networks.token_head_VD
+        return F.normalize(self.embedding_VD, dim=1) if own is None else own
+
+    def standardise(self, states: Tensor) -> Tensor:
+        """Return states with mean 0 and variance 1 per dimension over the training data, in the compute dtype."""
+        return ((states.float() - self.mean_D) / self.std_D).to(self.embedding_VD.dtype)
+
+    def states_at(self, batch: Batch, rows: Sequence[int], position_SL: Tensor, resources: Resources) -> Tensor:
+        """Return stored states [S, L, D] of `rows[s]` at positions, on the method's device, as stored.
+
+        Raises:
+            DllmError: no anchor store.
+            StoreError: the store lacks a row or layer, or belongs to another model.
+        """
+        if resources.anchors is None:
+            raise DllmError(
+                "ldlm trains on the frozen model's states, and no anchor store was given.",
+                "Pass Resources(anchors=...) with the rows of response tokens of layer " + self.layer + ".",
+            )
+        keys = [batch.sequence_keys[row] for row in rows]
+        wanted = [position_L.cpu() for position_L in position_SL]
+        states_MD = resources.anchors.gather(keys, [self.layer], wanted)[self.layer]
+        if states_MD.shape[-1] != self.base.hidden:
+            raise DllmError(
+                f"The anchors of layer {self.layer} are {states_MD.shape[-1]} wide, the model is {self.base.hidden}.",
+                "Use the anchors of the model that this cell starts from.",
+            )
+        return states_MD.view(*position_SL.shape, -1).to(self.device)
+
+    def prepare(self, sequences: SequenceSet, samples: Sequence[int], resources: Resources) -> None:
+        """Take the states' moments, and start from closed forms where the options say so."""
+        chosen = list(samples)[: self.options.start_sequences]
+        head_VD = self.head_VD.detach().float().cpu()
+
+        def parts() -> Any:
+            for first in range(0, len(chosen), _SEQUENCES_AT_ONCE):
+                batch = sequences.batch_of(chosen[first : first + _SEQUENCES_AT_ONCE])
+                cut = segments_of(batch)
+                states_SLD = self.states_at(batch, cut.row_S.tolist(), cut.position_SL, resources)
+                yield states_SLD[cut.real_SL].float().cpu(), cut.slots(batch.input_ids_BL)[cut.real_SL]
+
+        found = start.gather_statistics(parts(), head_VD)
+        self.mean_D.copy_(found.mean_D)
+        self.std_D.copy_(found.std_D)
+        if self.options.start == "linear":
+            self._start_linear(found, next(parts()), head_VD)
+        self.ema = Ema(self.networks.named_parameters(), self.options.ema_decay).to(self.device)
+
+    @torch.no_grad()
+    def _start_linear(self, found: start.Statistics, sample: tuple[Tensor, Tensor], head_VD: Tensor) -> None:
+        networks = self.networks
+        map_KD = start.principal_map(found, networks.latent_dim)
+        networks.latent_encoder.straight.weight.copy_(map_KD)
+        networks.latent_decoder.straight.weight.copy_(start.best_decoder(found, map_KD, self.decoder_noise))
+        if networks.token_head_VD is None:
+            to_head_DD = start.head_map(found)
+            networks.token_decoder.straight.weight.copy_(to_head_DD)
+            states_ND = ((sample[0] - found.mean_D) / found.std_D) @ to_head_DD.T
+            networks.token_decoder.log_scale.fill_(start.best_log_scale(states_ND, sample[1], head_VD))
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def select_samples(self, order: SampleOrder, info: StepInfo) -> list[tuple[int, int]]:
+        """Return the common order, looped over the first `anchor_sequences` where that is set."""
+        first = info.step * info.batch_size
+        return [order.looped(i, self.options.anchor_sequences) for i in range(first, first + info.batch_size)]
+
+    def corrupt(self, batch: Batch, info: StepInfo, noise: NoiseSource) -> Corrupted:
+        """Draw times, noises and coins of the global batch; tokens stay as they are."""
+        self.times.refresh_every = max(1, round(self.options.adaptive_refresh * info.total_steps))
+        self.times.memory = self.times.refresh_every
+        extras = draw(batch, info, noise, self.options, self.times, self.networks.latent_dim)
+        return Corrupted(batch, batch.input_ids_BL, batch.response_BL, extras)
+
+    def totals(self, corrupted: Corrupted) -> dict[str, float]:
+        """Return the tokens of the batch, and those whose token loss reads true or decoded states."""
+        return weight_totals(corrupted.masked_BL, corrupted.extras)
+
+    def loss(self, corrupted: Corrupted, totals: dict[str, float], info: StepInfo, resources: Resources) -> LossOutput:
+        """Return this micro-batch's contribution to the loss."""
+        cut = segments_of(corrupted.clean)
+        if len(cut) == 0:
+            return LossOutput(torch.zeros((), device=self.device, requires_grad=True), {})
+        inputs = self._inputs(corrupted, cut, info, resources)
+        tokens = max(1.0, totals["tokens"])
+        found, prefix = objective.terms(
+            self.networks, inputs, self.head_VD, self.schedule, self.decoder_noise, totals["tokens"]
+        )
+        diffusion, states = found.diffusion_S.sum() / tokens, found.states_S.sum() / tokens
+        loss = diffusion + states + found.tokens.total
+        parts: dict[str, Tensor | float] = {
+            "diffusion_mse": diffusion.detach(),
+            "state_mse": states.detach(),
+            "token_nats": found.tokens.total.detach(),
+            "decode_true_accuracy": (found.weight_M * found.correct_M)[found.true_M].sum()
+            / max(1.0, totals["true_tokens"]),
+            "reconstruction_noisy_accuracy": (found.weight_M * found.correct_M)[~found.true_M].sum()
+            / max(1.0, totals["decoded_tokens"]),
+            "gate": inputs.gamma * len(corrupted.clean) / totals["samples"],
+        }
+        if self.options.consistency:
+            gap = self._consistency(inputs, found, prefix).sum() / tokens
+            loss = loss + self.options.consistency * gap
+            parts["consistency_mse"] = gap.detach()
+        if self.training:
+            per_slot_S = found.diffusion_S.detach() / cut.real_SL.sum(1)
+            self.times.observe(inputs.time_S, per_slot_S)
+        if self._looks(info):
+            correct = self._reconstructed(inputs, found.latents_SLK)
+            parts["reconstruction_accuracy"] = correct.sum() / tokens
+        positions = int(cut.real_SL.numel())
+        flops = positions * self.options.training_flops(self.base.shape)
+        return LossOutput(loss, parts, flops=flops, positions=positions)
+
+    def _inputs(self, corrupted: Corrupted, cut: Segments, info: StepInfo, resources: Resources) -> objective.Inputs:
+        batch, extras = corrupted.clean, corrupted.extras
+        stored_SLD = self.states_at(batch, cut.row_S.tolist(), cut.position_SL, resources)
+        states_SLD = self.standardise(stored_SLD).masked_fill(~cut.real_SL[..., None], 0.0)
+        dropped_S1 = cut.of_rows(extras["drop_prompt_B"])[:, None]
+        prompt_SPD, visible_SP = self.prompts_of(batch, cut, resources)
+        dtype = states_SLD.dtype
+        return objective.Inputs(
+            states_SLD=states_SLD,
+            ids_SL=cut.slots(batch.input_ids_BL),
+            real_SL=cut.real_SL,
+            prompt_SPD=prompt_SPD,
+            visible_SP=None if visible_SP is None else visible_SP & ~dropped_S1,
+            time_S=cut.of_rows(extras["time_B"]),
+            noise_SLK=cut.slots(extras["noise_BTK"]).to(dtype),
+            decoder_noise_SLK=cut.slots(extras["decoder_noise_BTK"]).to(dtype),
+            self_condition_S=cut.of_rows(extras["self_condition_B"]),
+            true_states_S=cut.of_rows(extras["true_states_B"]),
+            token_weight_SL=cut.slots(extras["token_weight_BT"]) * cut.real_SL,
+            gamma=encoder_gate(
+                info.step, math.ceil(self.options.gate_warmup * info.total_steps), floor=self.options.gate_floor
+            ),
+        )
+
+    def prompts_of(self, batch: Batch, cut: Segments, resources: Resources) -> tuple[Tensor | None, Tensor | None]:
+        """Return what the prompt encoder reads [S, P, D], and which of it is there."""
+        if cut.prompt_SP.shape[1] == 0:
+            return None, None
+        if self.options.prompt_encoder == "embedding":
+            return self.embedding_VD[cut.prompts(batch.input_ids_BL)], cut.prompt_real_SP
+        stored_SPD = self.states_at(batch, cut.row_S.tolist(), cut.prompt_SP, resources)
+        # the first position of a document is an outlier of a hundred times the norm
+        visible_SP = cut.prompt_real_SP & (cut.prompts(batch.position_BL) > 0)
+        return self.standardise(stored_SPD), visible_SP
+
+    def _consistency(self, inputs: objective.Inputs, found: objective.Terms, prefix: Any) -> Tensor:
+        from dllm_core.methods.ldlm.consistency import gap
+
+        return gap(self.networks, self.ema, inputs, found, prefix, self.schedule)
+
+    def _looks(self, info: StepInfo) -> bool:
+        every = max(1, round(self.options.health_every * info.total_steps))
+        return info.step % every == 0 or info.step == info.total_steps - 1
+
+    @torch.no_grad()
+    def _reconstructed(self, inputs: objective.Inputs, latents_SLK: Tensor) -> Tensor:
+        """Return bool [tokens]: the token comes back from its latent without noise."""
+        ids = self.decode(latents_SLK, inputs.padding_SL)
+        return (ids == inputs.ids_SL)[inputs.real_SL]
+
+    def on_step_end(self, info: StepInfo) -> None:
+        """Move the averaged weights and the time density on."""
+        self.ema.update(self.networks.named_parameters())
+        self.times.end_step()
+
+    def num_new_parameters(self) -> int:
+        """All that is trained is new."""
+        return sum(p.numel() for p in self.networks.parameters())
+
+    # -- reading out --------------------------------------------------------------------------------------------------
+
+    def token_outputs(self, latents_BLK: Tensor, real_BL: Tensor | None = None) -> Tensor:
+        """Return [B, L, D], which times the head's rows gives logits, of clean latents."""
+        states_BLD = self.networks.latent_decoder(latents_BLK, real_BL)
+        outputs_BLD: Tensor = self.networks.token_decoder(states_BLD, real_BL)
+        return outputs_BLD
+
+    def decode(self, latents_BLK: Tensor, real_BL: Tensor | None = None) -> Tensor:
+        """Return the most probable token of every slot, int64 [B, L]."""
+        outputs_BLD = self.token_outputs(latents_BLK, real_BL)
+        best = token_stats.stats(outputs_BLD.flatten(0, 1), self.head_VD, second=False)
+        return best.argmax_M.view(latents_BLK.shape[:2])
+
+    def diagnose(self, batch: Batch, resources: Resources, noise: NoiseSource) -> dict[str, Any]:
+        """Return the health of the autoencoder and of the denoiser; see `dllm_core.methods.ldlm.health`."""
+        from dllm_core.methods.ldlm.health import health
+
+        return health(self, batch, resources, noise)
+
+    def language_model_states(self, ids_BP: Tensor, visible_BP: Tensor) -> Tensor:
+        """Return the language model's states [B, P, D] of prompts (`prompt_encoder: backbone` alone).
+
+        Args:
+            ids_BP: prompts, padded on the left.
+            visible_BP: bool; tokens that are no padding.
+        """
+        from dllm_core.backbone.backbone import Backbone
+
+        if not self._prompt_model:
+            if self.base.directory is None:
+                raise DllmError(
+                    "This cell reads prompts through the language model, which is not at hand.",
+                    "Load the cell from the directory that training wrote, or use prompt_encoder: embedding.",
+                )
+            dtype = self.embedding_VD.dtype
+            self._prompt_model = (Backbone.from_pretrained(self.base.directory, dtype=dtype, device=self.device),)
+        model = self._prompt_model[0]
+        position_BP = (visible_BP.cumsum(1) - 1).clamp(min=0)
+        document_BP = torch.where(visible_BP, 0, -1)
+        with model.capture([self.layer]) as states:
+            model.hidden(ids_BP, causal=True, document_BL=document_BP, position_BL=position_BP)
+        return states[self.layer]
+
+    def sample(
+        self,
+        prompts: Sequence[Tensor],
+        request: SamplingRequest,
+        on_draft: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> GenerationOutput:
+        """Generate a response for each prompt; see `Method.sample`. Nothing is streamed: all tokens come at once."""
+        config = DiffusionGenerationConfig.from_request(request)
+        return self.generate(list(prompts), config, sample_ids=request.sample_ids)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor | Sequence[Tensor],
+        generation_config: DiffusionGenerationConfig | None = None,
+        *,
+        lengths: Sequence[int] | None = None,
+        sample_ids: Sequence[int] | None = None,
+        solver: Literal["ddim", "ddpm", "sde"] | None = None,
+        guidance: float | None = None,
+    ) -> GenerationOutput:
+        """Generate with the averaged weights, in the dialect of transformers.
+
+        Args:
+            input_ids: prompts, int64 [B, P] without padding, or a list of 1-D tensors of any lengths.
+            generation_config: `max_new_tokens`, `max_denoising_steps`, `temperature`, `top_k`, `top_p`, `seed` and the
+                end of text are used; rules and blocks belong to token-space decoding.
+            lengths: new tokens of each prompt, in place of one number for all.
+            sample_ids: one id per prompt, which with the seed keys its noise; None means 0..B-1.
+            solver: in place of the cell's.
+            guidance: in place of the cell's.
+
+        Returns:
+            Sequences on the CPU, prompt included. `num_forwards` counts every network.
+
+        Raises:
+            DllmError: an empty prompt, or lists of different lengths.
+        """
+        config = generation_config or DiffusionGenerationConfig()
+        job = generation.job_of(
+            self,
+            list(input_ids),
+            config,
+            lengths=lengths,
+            sample_ids=sample_ids,
+            solver=solver,
+            guidance=guidance,
+        )
+        if not self.training:
+            return generation.generate(self, job)
+        self.eval()
+        try:
+            with self.ema.swapped(self.networks):
+                return generation.generate(self, job)
+        finally:
+            self.train()
+
+    # -- keeping ------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, directory: Path) -> None:
+        """Write the averaged weights, the embedding table and config; see `dllm_core.methods.ldlm.keeping`."""
+        from dllm_core.methods.ldlm.keeping import save
+
+        save(self, directory)
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: Path, options: RoomOptions, *, dtype: torch.dtype, device: torch.device | str
+    ) -> Self:
+        """Load what `save_pretrained` wrote.
+
+        Raises:
+            ContractError: no finished LDLM cell, or one of another shape.
+        """
+        from dllm_core.methods.ldlm.keeping import load
+
+        assert isinstance(options, Options)
+        return load(cls, directory, options, dtype=dtype, device=device)
