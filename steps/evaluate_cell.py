@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from dllm_core.evals.evaluate import EvalSettings
     from dllm_core.evals.judge import Judge
     from dllm_core.methods.protocol import Method, Resources
-    from dllm_core.methods.requirements import RoomOptions
+    from dllm_core.methods.requirements import AnchorNeed, RoomOptions
     from params.schema import GridSpec, RowSpec
+    from steps.cache_anchors import AnchorArtifact
     from steps.context import Context
     from steps.prepare_data import DataArtifact
     from steps.prepare_model import ModelArtifact
@@ -84,7 +85,7 @@ def evaluate_cell(
     model: ModelArtifact,
     data: DataArtifact,
     ctx: Context,
-    anchors: Any = None,
+    anchors: AnchorArtifact | None = None,
 ) -> Evaluation:
     """Measure a row on held-out text, or find the result.
 
@@ -95,21 +96,21 @@ def evaluate_cell(
         model: the base model: judge, and weights of rows without their own.
         data: held-out sequences, and training frequencies for the unigram floor.
         ctx: run context.
-        anchors: frozen-teacher states (`AnchorArtifact`), read by rows whose figures of health need those of held-out
-            sequences; without them such rows have no figures of health.
+        anchors: frozen-teacher states, read by rows whose figures of health need those of held-out sequences; without
+            them such rows have no figures of health.
     """
     machine = probe(spec.runtime.device, spec.runtime.threads)
     dtype = machine.dtype(spec.eval.dtype)
     directory = weights_dir(trained, model)
     reference = _reference_text(spec, model, data, ctx, dtype, machine.device)
     options = room_options(row.cell.method).model_validate(row.cell.options)
-    reads_states = _reads_heldout_states(options, model)
-    states = anchors if reads_states else None
-    if reads_states and states is None:
+    need = _heldout_states(options, model)
+    states = anchors if need is not None and anchors is not None and anchors.find(need) is not None else None
+    if need is not None and states is None:
         ctx.log(f"{row.row_id}: no states of held-out sequences at hand, so its figures of health are left out")
 
     def build(payload: Path, work: Path) -> dict[str, Any]:
-        resources = None if reads_states and states is None else _resources(states)
+        resources = None if need is not None and states is None else _resources(states)
         metrics = _measure(spec, row, directory, model, data, resources, ctx, dtype, machine.device, reference)
         (payload / "metrics.json").write_text(json.dumps(metrics, indent=1))
         return metrics
@@ -136,15 +137,15 @@ def evaluate_cell(
     return Evaluation(path, entry.result, entry.key, entry.hit, entry.origin, entry.seconds)
 
 
-def _reads_heldout_states(options: RoomOptions, model: ModelArtifact) -> bool:
-    """Return whether a room's figures of health need the frozen teacher's states of held-out sequences."""
+def _heldout_states(options: RoomOptions, model: ModelArtifact) -> AnchorNeed | None:
+    """Return what a room's figures of health read of the frozen teacher's states of held-out sequences."""
     if not options.capabilities().diagnostics:
-        return False
+        return None
     need = options.requirements(model.num_layers).anchors
-    return need is not None and need.heldout
+    return need if need is not None and need.heldout else None
 
 
-def _resources(anchors: Any) -> Resources:
+def _resources(anchors: AnchorArtifact | None) -> Resources:
     from dllm_core.methods.protocol import Resources
 
     return Resources(anchors=None if anchors is None else anchors.open())

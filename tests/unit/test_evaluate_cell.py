@@ -9,20 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import dllm_core.methods
 import params
 from dllm_core.backbone.backbone import Backbone
+from dllm_core.backbone.contract import read_contract
 from dllm_core.backbone.conversion import convert
 from dllm_core.backbone.identity import model_identity
 from dllm_core.errors import DllmError
 from dllm_core.methods.cell import save_cell
 from dllm_core.methods.registry import room_method, room_options
-from params.schema import GridSpec
+from dllm_core.methods.requirements import AnchorNeed
+from params.schema import CellSpec, GridSpec, RowSpec
 from steps.benchmark import benchmark
 from steps.context import Context
 from steps.evaluate_cell import evaluate_cell
 from tests.sequences import random_sequences
 from tests.tiny import NUM_TOKENS
+from tests.toy_latent import write_room
 
 METRICS = {
     "nelbo_nats_per_token",
@@ -55,6 +60,7 @@ class Model:
     path: str
     identity: str
     num_tokens: int = NUM_TOKENS
+    num_layers: int = 2
 
 
 @dataclass(frozen=True)
@@ -217,3 +223,91 @@ def test_benchmark_in_laps_when_memory_is_short(world: World) -> None:
     assert result.together is False
     assert len(result.rows["random_mask"]["steps"]["2"]["rounds"]) == 2
     assert any("one after another" in line for line in world.log)
+
+
+# -- rows without backbone, masks or bound --------------------------------------------------------------------------
+
+
+class States:
+    """Stands for anchors of one need and their store."""
+
+    teacher, dtype = "teacher-1", "bf16"
+
+    def __init__(self, covers: bool = True) -> None:
+        self.covers = covers
+
+    def find(self, need: AnchorNeed) -> object | None:
+        return self if self.covers and need.heldout else None
+
+    def open(self) -> States:
+        return self
+
+    def states(self, keys: tuple[str, ...]) -> torch.Tensor:
+        return torch.full((len(keys),), 0.25)
+
+
+@pytest.fixture
+def latent(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[RowSpec, Trained]:
+    extra = write_room(tmp_path / "extra")
+    monkeypatch.setattr(dllm_core.methods, "__path__", [*dllm_core.methods.__path__, str(extra)])
+    base = world.spec.row_spec("random_mask", 0)
+    cell = CellSpec(name="toy_latent", method="toy_latent")
+    row = base.model_copy(update={"row_id": "toy_latent", "cell": cell})
+    method = room_method("toy_latent")(room_options("toy_latent")(), read_contract(world.model.path).model_dump())
+    save_cell(
+        method, tmp_path / "latent", cell="toy_latent", room="toy_latent", seed=0, tokenizer_dir=Path(world.model.path)
+    )
+    return row, Trained(str(tmp_path / "latent"))
+
+
+def test_latent_row_gets_text_overlap_and_health_but_no_likelihood(world: World, latent: Any) -> None:
+    found = evaluate_cell(world.spec, latent[0], latent[1], world.model, world.data, world.ctx, anchors=States())
+    metrics = found.metrics
+    assert set(metrics) == METRICS
+    for name in ("nelbo_nats_per_token", "block_nelbo_nats_per_token", "exact_nats_per_token", "bits_per_byte"):
+        assert metrics[name] is None
+    assert metrics["per_sequence"] == metrics["masked_accuracy"] == metrics["masked_nll"] == {}
+    assert metrics["prediction_strip"] is metrics["history"] is None
+    assert metrics["diagnostics"] == {
+        "reconstruction_accuracy": 0.25,
+        "decode_accuracy_from_x0_hat": {"0.2": 0.5, "0.4": None},
+        "adaptive_bin_losses": {"0": 1.0, "1": 2.0},
+        "num_sequences_seen": metrics["num_sequences"],
+        "grad": False,
+    }
+    assert [p["num_forwards"] for p in metrics["frontier"]] == [5.0, 5.0], "denoising steps and one pass to decode"
+    for point in metrics["frontier"]:
+        assert point["unigram_entropy_nats"] == 0.0
+        assert 0.0 <= point["overlap_1"] <= 1.0
+        assert point["overlap_1_gain"]["value"] == pytest.approx(point["overlap_1"] - point["overlap_1_other"])
+    assert no_nan(metrics)
+
+
+@pytest.mark.parametrize("anchors", [None, States(covers=False)])
+def test_without_the_states_there_is_no_health_and_the_log_says_so(world: World, latent: Any, anchors: Any) -> None:
+    found = evaluate_cell(world.spec, latent[0], latent[1], world.model, world.data, world.ctx, anchors=anchors)
+    assert found.metrics["diagnostics"] == {}
+    assert any("toy_latent: no states of held-out sequences" in line for line in world.log)
+    whole = evaluate_cell(world.spec, latent[0], latent[1], world.model, world.data, world.ctx, anchors=States())
+    assert not whole.hit
+    assert whole.metrics["diagnostics"]
+
+
+def test_states_matter_only_to_rows_that_read_them(world: World) -> None:
+    row = world.spec.row_spec("ar", 0)
+    evaluate_cell(world.spec, row, None, world.model, world.data, world.ctx)
+    again = evaluate_cell(world.spec, row, None, world.model, world.data, world.ctx, anchors=States())
+    assert again.hit
+    assert again.metrics["diagnostics"] == {}
+
+
+def test_benchmark_times_latent_rows_by_denoising_steps_and_ties_them_with_nobody(world: World, latent: Any) -> None:
+    rows = [world.spec.row_spec("ar", 0), world.spec.row_spec("random_mask", 0), latent[0]]
+    trained = {"random_mask": world.train("random_mask", 0.01), "toy_latent": latent[1]}
+    result = benchmark(world.spec, rows, trained, world.model, world.ctx)
+    figures = result.rows["toy_latent"]
+    assert {s: f["num_forwards"] for s, f in figures["steps"].items()} == {"2": 3, "4": 5}
+    assert figures["trained"]
+    assert figures["load_s"] > 0
+    assert result.ties == []
+    assert no_nan(result.rows)
