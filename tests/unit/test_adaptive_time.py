@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dllm_core.corruption.adaptive_time import UNIFORM_SHARE, AdaptiveTimes, stratified
+from dllm_core.corruption.adaptive_time import UNIFORM_SHARE, AdaptiveTimes, _pooled, stratified
 from dllm_core.corruption.gaussian import TanSchedule
 from dllm_core.corruption.noise import NoiseSource
 from dllm_core.data.batch import Batch
@@ -121,6 +121,22 @@ def test_running_losses_are_bias_corrected_averages_over_steps() -> None:
         mean = sum(w * loss for w, (_, loss) in zip(weights, entries, strict=True)) / sum(weights)
         assert value == pytest.approx(mean, rel=1e-12)
     assert math.isnan(times.bin_losses()[2])
+
+
+def test_neighbours_are_pooled_and_the_remainder_joins_the_last_group() -> None:
+    times = AdaptiveTimes(1, bins=4, pool=3, t_min=0.0)
+    # bins hold 2, 1, 3 and 1 samples: groups {0, 1} and {2, 3}, with centres in bins and means worked out by hand
+    t_B = torch.tensor([0.1, 0.1, 0.3, 0.6, 0.6, 0.6, 0.9])
+    loss_B = torch.tensor([1.0, 2.0, 3.0, 6.0, 6.0, 6.0, 10.0])
+    times.observe(t_B, loss_B)
+    times.end_step()
+    (x0, y0), (x1, y1) = ((0.5 + 0.5 + 1.5) / 3, 6 / 3), ((3 * 2.5 + 3.5) / 4, 28 / 4)
+    assert (x0, y0, x1, y1) == pytest.approx((2.5 / 3, 2.0, 2.75, 7.0))
+    # two groups make one straight line, hence an even density
+    torch.testing.assert_close(times.cdf.diff(), torch.full((4,), 0.25, dtype=torch.float64))
+    places, means = _pooled(times.loss_sum, times.loss_count, 3.0)
+    assert places.tolist() == pytest.approx([x0, x1])
+    assert means.tolist() == pytest.approx([y0, y1])
 
 
 def test_unseen_bins_take_what_lies_between_their_neighbours() -> None:
