@@ -92,8 +92,8 @@ def _extrapolation(decay: float, t: float, before: float | None, path: Path) -> 
 
 def plan(kind: Solver, times: Sequence[float], path: Path) -> list[StepCoefficients]:
     """Return the numbers of all steps along `times`, which fall from 1; len(times) - 1 of them."""
-    befores = [None, *times[:-2]]
-    return [coefficients(kind, t, s, path, b) for t, s, b in zip(times[:-1], times[1:], befores, strict=True)]
+    earlier = [None, *times[:-2]]
+    return [coefficients(kind, t, s, path, b) for t, s, b in zip(times[:-1], times[1:], earlier, strict=True)]
 
 
 def step(
