@@ -7,7 +7,7 @@ import math
 import pytest
 
 from dllm_core.errors import DllmError
-from dllm_core.training.budget import StepCost, branch_steps, steps_from_budget
+from dllm_core.training.budget import StepCost, branch_steps, steps_from_budget, steps_from_flops
 from dllm_core.training.settings import TrainSettings
 
 COST = StepCost(sequences=8, response_tokens=1024.0, flops=2e12, seconds=1.5)
@@ -32,6 +32,33 @@ def test_steps(kind: str, value: float, steps: int) -> None:
 def test_a_branch_spends_what_its_prefix_left() -> None:
     # prefix: 40 % of 1e14 at 1e12 a step = 40 steps; 60 % at 2e12 a step = 30 steps
     assert branch_steps(40, 0.4, "flops", 1e14, COST) == 70
+
+
+@pytest.mark.parametrize("value", [0.4, 1.0, 6.9, 7.0, 7.1, 33.0, 49.0, 50.0, 51.2, 99.9, 1000.0, 1002.1])
+@pytest.mark.parametrize("sequences", [1, 5, 12, 10**9])
+def test_a_flop_budget_ends_at_the_nearest_step_of_any_rising_charge(value: float, sequences: int) -> None:
+    """Four sequences a step, each paid for at its first presentation, against a look at every number of steps."""
+    asked = 0
+
+    def charged(steps: int) -> float:
+        nonlocal asked
+        asked += 1
+        return 3.0 * steps + 1.0 * min(4 * steps, sequences)
+
+    nearest = min(range(1, 1000), key=lambda steps: (abs(charged(steps) - value), -steps))
+    asked = 0
+    assert abs(charged(steps_from_flops(value, charged)) - value) == abs(charged(nearest) - value)
+    assert asked < 30
+
+
+def test_a_flop_budget_of_equal_steps_is_a_division() -> None:
+    for value, steps in ((1e14, 50), (1e9, 1), (2.9e12, 1), (3.1e12, 2)):
+        assert steps_from_flops(value, lambda n: 2e12 * n) == steps
+    for value in (0.0, math.inf):
+        with pytest.raises(DllmError, match=r"budget\.value"):
+            steps_from_flops(value, lambda n: 2e12 * n)
+    with pytest.raises(DllmError, match="flops"):
+        steps_from_flops(1e9, lambda n: 0.0)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])

@@ -13,6 +13,7 @@ from params import GridSpec
 from steps.plan import render, validate
 from steps.plan_text import settings_yaml
 from tests.plan_tools import LLAMA, TWO_CORES, model_dir, plan
+from tests.reader_room import install, reader_cell, with_cells
 
 # -- rows -----------------------------------------------------------------------------------------------------------
 
@@ -167,3 +168,52 @@ def test_planning_imports_no_torch(preset: str) -> None:
     )
     root = Path(params.__file__).parents[1]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+
+
+# -- rooms with networks of their own -------------------------------------------------------------------------------
+
+
+def test_a_room_with_a_network_of_its_own_is_planned_by_its_own_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, monkeypatch)
+    budget = {"budget.kind": "flops", "budget.value": "1e10", "train.dtype": "bf16"}
+    spec = params.load("test", cells=["random_mask", "repr_align_4"], overrides=budget)
+    made = validate(with_cells(spec, reader_cell(sequences=10)), machine=TWO_CORES)
+    hidden, vocab, batch = 64, 576, spec.train.batch_size  # 512 tokens, the mask's row, padded to a multiple of 64
+    probe = hidden * vocab
+    row, cost = next(r for r in made.rows if r.cell == "reader"), made.cost.rows["reader"]
+    per_step, teacher = (
+        6.0 * probe * batch * spec.data.response_tokens,
+        made.model.shape.teacher_flops(spec.data.length),
+    )
+    assert cost.steps == round((1e10 - 10 * teacher) / per_step)
+    assert (cost.distinct, cost.teacher_flops) == (10, 10 * teacher)
+    assert cost.train_s == TWO_CORES.seconds(cost.steps * per_step, cost.steps, "bf16")
+    assert made.cost.memories["reader"].weights == 18 * (probe + vocab) + 6 * 7
+    assert made.cost.memories["reader"].total < made.cost.memories["random_mask"].total
+    assert row.requirements.anchors is not None
+
+    # one layer of 10 sequences and all held-out ones for the one, two layers of more sequences for the other
+    (align, reader) = made.cost.anchors
+    stored = (spec.data.response_tokens + 1) * hidden * 2
+    assert (reader.sequences, reader.heldout) == (10, spec.data.heldout_sequences)
+    assert reader.num_bytes == (10 + spec.data.heldout_sequences) * stored
+    assert align.num_bytes == align.sequences * stored * 2
+    union = align.num_bytes + spec.data.heldout_sequences * stored  # layer 1 is among those of the other
+    assert made.cost.disk["anchors"] == union
+
+    text = render(made)
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "Networks of their own" in lines
+    assert f"reader probe {probe:,}" in lines
+    assert f"reader all trained {probe + vocab:,} 674.0 kB with gradients and Adam (18 bytes each)" in lines
+    assert "reader frozen 7 kept in memory, included" in lines
+    assert f"reader work {6.0 * probe:.2e} FLOPs of training a response token" in lines
+    assert any(line.startswith(f"reader reader {probe + vocab:,} {cost.steps:,} ") for line in lines)
+    assert any(
+        line.startswith("- reader: layer 1, rows of response tokens, 10 and ") and "held-out sequences" in line
+        for line in lines
+    )
+    assert any(line.startswith("- repr_align_4: layers 1, final, rows that predict response tokens") for line in lines)
+    assert "Networks of their own" not in render(plan("test", cells="random_mask"))

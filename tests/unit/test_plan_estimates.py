@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from dllm_core.methods.requirements import NetworkCost
 from steps.check_model import _KNOWN, _scratch_shape
-from steps.estimates import GPU_SIZES_GB, MemoryEstimate, ModelShape, anchor_bytes, training_memory
+from steps.estimates import GPU_SIZES_GB, MemoryEstimate, ModelShape, anchor_bytes, network_memory, training_memory
 from steps.machine import probe
 from tests.plan_tools import TWO_CORES
 
@@ -133,6 +134,29 @@ def test_memory_is_16_bytes_a_parameter_and_grows_with_the_micro_batch() -> None
     full = training_memory(SMOLLM2, 8, 160, dtype="fp32", checkpointing=False)
     assert full.activations == pytest.approx(2 * eight.activations)
     assert training_memory(SMOLLM2, 8, 160, dtype="bf16", checkpointing=True).activations < eight.activations / 4
+
+
+def test_memory_of_networks_of_a_rooms_own() -> None:
+    network = NetworkCost(trainable={"a": 600, "b": 400}, frozen=50, flops_per_response_token=6.0 * 900)
+    assert network.num_trainable == 1000
+    fp32, bf16 = (network_memory(network, 10, 8, dtype=dtype) for dtype in ("fp32", "bf16"))
+    assert (fp32.weights, fp32.per_parameter) == (16 * 1000 + 4 * 50, 16)
+    assert (bf16.weights, bf16.per_parameter) == (18 * 1000 + 6 * 50, 18)
+    assert fp32.activations == pytest.approx(4 * 8 * 1.75 * 900 / 10)
+    # the rule of thumb for activations against those of a block that are counted one by one
+    block = ModelShape(
+        family="gpt2", layers=1, hidden=64, heads=4, kv_heads=4, head_dim=16, ffn=256, vocab=0, positions=0
+    )
+    alike = NetworkCost(trainable={"block": block.body}, frozen=0, flops_per_response_token=6.0 * block.body)
+    counted = training_memory(block, 1, 8, dtype="fp32", checkpointing=False).activations
+    assert network_memory(alike, 64, 8, dtype="fp32").activations == pytest.approx(counted, rel=0.5)
+
+
+def test_the_base_of_a_rooms_networks_is_the_converted_model() -> None:
+    base = SMOLLM2.base(converted=False)
+    assert (base.hidden, base.layers, base.vocab) == (576, 30, 49_216)
+    assert base.parameters == SMOLLM2.parameters + 64 * 576
+    assert replace(SMOLLM2, vocab=49_216).base(converted=True) == base
 
 
 def test_memory_of_a_measured_step() -> None:
