@@ -12,6 +12,7 @@ from dllm_core.errors import DllmError, ResourceError
 from params.errors import ParamsError
 from params.schema import GridSpec
 from steps.check_data import DataFacts, check_data
+from steps.check_judge import check_judge
 from steps.check_model import ModelFacts, check_model
 from steps.costs import GridCost, grid_cost
 from steps.estimates import GPU_SIZES_GB
@@ -63,7 +64,7 @@ def validate(
             (not in a dry run) too little memory or disk, no GPU where one was asked for, an unwritable directory.
     """
     model = check_model(spec.model, dry_run=dry_run)
-    _check_judge(spec)
+    check_judge(spec)
     _check_positions(spec, model)
     rows, donors = plan_rows(spec, model.shape.layers)
     data = check_data(spec.data)
@@ -97,15 +98,6 @@ def render(plan: Plan) -> str:
     from steps.plan_text import render as text
 
     return text(plan)
-
-
-def _check_judge(spec: GridSpec) -> None:
-    judge = spec.eval.judge
-    if judge != "base":
-        try:
-            check_model(spec.model.model_copy(update={"source": judge, "scratch": None}), dry_run=True)
-        except DllmError as error:
-            raise type(error)(f"eval.judge: {error.problem}", error.remedy) from None
 
 
 def _check_positions(spec: GridSpec, model: ModelFacts) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -179,6 +180,22 @@ def test_a_hub_model_from_the_hub_cache(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_judge_is_checked_too() -> None:
     problem, _ = refused(lambda: plan(overrides="eval.judge=./nothing"))
     assert problem == "eval.judge: There is no model directory './nothing'."
+
+
+def test_a_gguf_file_cannot_judge() -> None:
+    for judge in ("embedded:smollm2-135m-instruct", "models/judge.gguf"):
+        problem, remedy = refused(lambda judge=judge: plan(overrides=f"eval.judge={judge}"))
+        assert problem == f"eval.judge: '{judge}' is a GGUF file, which cannot judge."
+        assert "a model directory" in remedy
+
+
+def test_the_judge_reads_a_whole_continuation(tmp_path: Path) -> None:
+    judge = model_dir(tmp_path / "judge")
+    assert plan(overrides=f"eval.judge={judge}").spec.eval.judge == str(judge)
+    config = json.loads((judge / "config.json").read_text())
+    (judge / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 20}))
+    problem, _ = refused(lambda: plan(overrides=f"eval.judge={judge}"))
+    assert problem.endswith("reads at most 20 tokens, data.prompt_tokens + data.response_tokens is 24.")
 
 
 # -- bad input: data ------------------------------------------------------------------------------------------------
