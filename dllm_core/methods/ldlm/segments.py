@@ -20,7 +20,8 @@ class Segments:
 
     Attributes:
         row_S: int64; row of the batch each comes from.
-        position_SL: int64; position in that row of each slot; 0 in padding.
+        position_SL: int64; position in that row of each slot; that of the first slot in padding, so that a store that
+            keeps response rows alone is never asked for another one.
         real_SL: bool; slots that are no padding (padding follows).
         prompt_SP: int64; positions of the prompt, padding first: the last prompt token is always in the last column.
         prompt_real_SP: bool.
@@ -41,7 +42,7 @@ class Segments:
         return bool(self.real_SL.all())
 
     def slots(self, values_BL: Tensor) -> Tensor:
-        """Return values [S, L, ...] of the slots, those of position 0 in padding."""
+        """Return values [S, L, ...] of the slots, those of the first slot in padding."""
         return values_BL[self.row_S[:, None], self.position_SL]
 
     def prompts(self, values_BL: Tensor) -> Tensor:
@@ -76,6 +77,7 @@ def segments_of(batch: Batch) -> Segments:
     position_SL = pad_sequence(slots, batch_first=True) if slots else empty
     prompt_SP = pad_sequence(prompts, batch_first=True) if prompts else empty
     real_SL = torch.arange(position_SL.shape[1]) < counts[:, None]
+    position_SL = torch.where(real_SL, position_SL, position_SL[:, :1])
     prompt_real_SP = torch.arange(prompt_SP.shape[1]) < prompt_counts[:, None]
     found = (torch.tensor(rows, dtype=torch.long), position_SL, real_SL, prompt_SP.flip(1), prompt_real_SP.flip(1))
     return Segments(*(part.to(device) for part in found))
