@@ -20,7 +20,7 @@ def render_markdown(results: Results, lines: Sequence[str], figure_names: Sequen
         f"`{results.command}`" if results.command else "",
         f"commit {(results.git_commit or 'unknown')[:12]}{' + local changes' if results.git_dirty else ''}, "
         f"{results.created_at}, {hardware or 'hardware not recorded'}, seeds {results.seeds}, "
-        f"budget {results.budget['value']:,.0f} {results.budget['kind']} a row.",
+        f"budget {_amount(results.budget['value'])} {results.budget['kind']} a row.",
         "",
         *[f"- {line}" for line in lines],
     ]
@@ -40,12 +40,21 @@ def render_markdown(results: Results, lines: Sequence[str], figure_names: Sequen
 
 
 def _cores(machine: dict[str, Any]) -> str | None:
-    return f"{machine['threads']} threads" if "threads" in machine else None
+    count = machine.get("threads")
+    return None if count is None else f"{count} thread{'' if count == 1 else 's'}"
+
+
+def _amount(value: float) -> str:
+    return f"{value:,.0f}" if value == round(value) else f"{value:,}"  # 4,000,000 tokens, 1.5 epochs
 
 
 def _quality_note(results: Results) -> str:
     documents = max((r.eval.num_documents or 0 for r in results.cells if r.eval), default=0)
-    clusters = f"clustered by document ({documents} held-out documents)" if documents else "over held-out sequences"
+    clusters = (
+        f"clustered by document ({documents} held-out document{'s' * (documents != 1)})"
+        if documents
+        else "over held-out sequences"
+    )
     note = (
         f"Nats per response token, ± one standard error, {clusters}. exact: the AR likelihood; NELBO: an upper "
         "bound under random-order unmasking; block NELBO: an upper bound under left-to-right blocks. A bound is not an "
@@ -87,8 +96,8 @@ _FRONTIER_NOTE = (
 )
 _OVERLAP_NOTE = (
     "F1 of shared token n-grams, in %: with the text that really followed the prompt (own), and with what followed "
-    "prompts of other documents (other). Text that does not depend on its prompt has the same overlap with both. "
-    "Difference: paired, ± one standard error clustered by document."
+    "prompts of other documents (other; of the same one where it is alone). Text that does not depend on its prompt "
+    "has the same overlap with both. Difference: paired, ± one standard error clustered by document."
 )
 _HEALTH_NOTE = (
     "Measured on held-out sequences by the rows themselves. Accuracies are fractions of response tokens; figures by "

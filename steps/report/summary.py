@@ -11,6 +11,8 @@ from steps.report.schema import Results, Row
 DEGENERATE = 0.5
 """Part of the entropy of held-out text below which, and part of repeated 4-grams above which, text says nothing."""
 RISING = 0.005
+KNOWS_TEXT = 2.0
+"""Times the judge's perplexity of held-out text that shuffling it has to give before the judge's word counts."""
 KIND_NAMES = {"nelbo": "NELBO", "block_nelbo": "block NELBO", "exact": "exact likelihood"}
 
 
@@ -22,12 +24,20 @@ def headline(results: Results) -> list[str]:
         f"seed{'s' if len(results.seeds) > 1 else ''} {', '.join(map(str, results.seeds))}."
     ]
     lines += [f"FAILED {r.row_id}: {r.error}" for r in results.cells if r.status == "failed"]
+    lines += _document_lines(results)
     lines += _floor_lines(results)
     lines += _latent_lines(results)
     lines += _quality_lines(results)
     lines += _text_lines(results)
     lines += _speed_lines(results)
     return lines
+
+
+def _document_lines(results: Results) -> list[str]:
+    counts = {row.eval.num_documents for row in results.cells if row.eval}
+    if counts != {1}:
+        return []
+    return ["All held-out sequences are of one document: no standard errors, no differences between rows."]
 
 
 def _floor_lines(results: Results) -> list[str]:
@@ -122,9 +132,9 @@ def _degenerate(point: dict[str, Any], reference: dict[str, Any]) -> str:
     if (repeated := point.get("repetition_4") or 0.0) > DEGENERATE:
         return f"({100 * repeated:.0f} % repeated 4-grams)"
     ppl, shuffled = point.get("judge_ppl"), reference.get("shuffled_judge_ppl")
-    if ppl is not None and shuffled and ppl > shuffled:
-        return f"(judge ppl {ppl:,.0f})"
-    return ""
+    # a judge to whom held-out text and its shuffled tokens are much the same cannot tell
+    tells = shuffled and shuffled > KNOWS_TEXT * (reference.get("judge_ppl") or shuffled)
+    return f"(judge ppl {ppl:,.0f})" if ppl is not None and tells and ppl > shuffled else ""
 
 
 def _usual(reference: dict[str, Any]) -> str:
@@ -150,7 +160,7 @@ def _overlap_lines(results: Results) -> list[str]:
     if not shown and not hidden:
         return []
     told = [f"beyond 2 se: {', '.join(shown)}"] if shown else []
-    told += [f"not beyond: {', '.join(hidden)}"] if hidden else []
+    told += [f"not beyond 2 se: {', '.join(hidden)}"] if hidden else []
     return [
         "Overlap of continuations with the true one, less that with other prompts' "
         f"(points of unigram F1, T={', '.join(sorted(temperatures))}), {'; '.join(told)}."

@@ -140,8 +140,8 @@ def test_opening_lines_stay_short_and_tell_the_latent_row(report: Any) -> None:
     floor = next(line for line in lines if line.startswith("Nats per token below"))
     assert "ldlm" not in floor
     overlap = next(line for line in lines if line.startswith("Overlap"))
-    assert "not beyond: ldlm +1.0 ± 2.0" in overlap
-    assert "beyond 2 se: " not in overlap
+    assert "not beyond 2 se: ldlm +1.0 ± 2.0" in overlap
+    assert overlap.count("beyond 2 se: ") == 1
 
 
 @pytest.mark.parametrize(
@@ -163,8 +163,20 @@ def test_degenerate_latent_text_is_never_silent(report: Any, figures: dict[str, 
     found = [line for line in headline(results) if "degenerate" in line]
     assert bool(found) == bool(told)
     assert told is None or told in found[0]
+    results.data["reference_text"]["judge_ppl"] = 1000.0
+    silent = any("degenerate" in line for line in headline(results)) != bool(told)
+    assert silent == ("judge_ppl" in figures), "a judge that does not tell text from shuffled tokens is not believed"
     evaluation.frontier[1].update(point(1.0))
     assert not any("degenerate" in line for line in headline(results)), "one good temperature is enough"
+
+
+def test_one_document_is_told(report: Any) -> None:
+    results = loaded(report)
+    assert not any("one document" in line for line in headline(results))
+    for row in results.cells:
+        if row.eval:
+            row.eval.num_documents = 1
+    assert any("one document: no standard errors" in line for line in headline(results))
 
 
 def test_text_tables_hold_every_row_and_the_held_out_text(report: Any) -> None:
