@@ -18,6 +18,7 @@ from steps.costs import GridCost, grid_cost
 from steps.estimates import GPU_SIZES_GB
 from steps.machine import Machine, probe
 from steps.plan_rows import PlannedRow, SharedWork, plan_rows, shared_work
+from steps.row_costs import own_network
 
 __all__ = ["Plan", "PlannedRow", "SharedWork", "render", "validate"]
 
@@ -67,6 +68,7 @@ def validate(
     check_judge(spec)
     _check_positions(spec, model)
     rows, donors = plan_rows(spec, model.shape.layers)
+    _check_freeze(rows, model)
     data = check_data(spec.data)
     machine = machine or probe(spec.runtime.device, spec.runtime.threads)
     shared = shared_work(rows)
@@ -110,6 +112,16 @@ def _check_positions(spec: GridSpec, model: ModelFacts) -> None:
             key = "data.sequence_length" if spec.data.layout == "pack" and key.startswith("data") else key
             raise ParamsError(
                 f"{key} = {length} is more than the {limit} positions of {model.source}.", f"Allowed: at most {limit}."
+            )
+
+
+def _check_freeze(rows: tuple[PlannedRow, ...], model: ModelFacts) -> None:
+    for row in rows:
+        if row.train.freeze and own_network(row, model.shape) is not None:
+            raise ParamsError(
+                f"train.freeze = {list(row.train.freeze)}, but cell '{row.cell}' trains networks of its own "
+                "that have no such parts.",
+                f"Add --set cells.{row.cell}.train.freeze=[].",
             )
 
 

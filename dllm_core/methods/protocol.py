@@ -262,24 +262,20 @@ class Method(nn.Module, ABC):
         Raises:
             DllmError: an unknown rule, or a room without a backbone.
         """
-        self._require_backbone("train.freeze").freeze(rules)
+        if self.backbone is None:
+            raise DllmError(
+                "train.freeze is set, but this method trains networks of its own and no backbone.",
+                "Set train.freeze=[] for its cell (cells.NAME.train.freeze).",
+            )
+        self.backbone.freeze(rules)
 
     def enable_activation_checkpointing(self) -> None:
-        """Recompute activations in the backward pass (`train.activation_checkpointing`); by default the backbone's.
+        """Recompute activations in the backward pass (`train.activation_checkpointing`): memory, not the result.
 
-        Raises:
-            DllmError: a room without a backbone.
+        By default the backbone's; a room with networks of its own whose activations matter overrides it.
         """
-        self._require_backbone("train.activation_checkpointing").enable_activation_checkpointing()
-
-    def _require_backbone(self, setting: str) -> Backbone:
-        if self.backbone is None:
-            room = type(self).__module__.removeprefix("dllm_core.methods.").split(".")[0]
-            raise DllmError(
-                f"{setting} is set, but the method '{room}' trains networks of its own and no backbone.",
-                f"Leave {setting} unset for this cell (cells.NAME.{setting}).",
-            )
-        return self.backbone
+        if self.backbone is not None:
+            self.backbone.enable_activation_checkpointing()
 
     @abstractmethod
     def corrupt(self, batch: Batch, info: StepInfo, noise: NoiseSource) -> Corrupted:

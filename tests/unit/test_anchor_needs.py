@@ -125,6 +125,19 @@ def test_every_sequence_meets_the_teacher_once_for_all_who_read_it(
     assert not counted
 
 
+def test_without_the_cache_everything_is_computed_again_but_only_once(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = with_cells(grid(world, "repr_align_4"), reader_cell(sequences=FEW))
+    world.anchors(spec, world.context())
+    fresh = world.context(run_id="second")
+    fresh.use_cache = False
+    with written(monkeypatch) as counted:
+        world.anchors(spec, fresh)
+    assert len(counted) == 3 * BATCH + HELD
+    assert set(counted.values()) == {1}
+
+
 def test_held_out_states_are_those_of_the_model(world: World) -> None:
     anchors = world.anchors(with_cells(grid(world, "random_mask"), reader_cell(sequences=FEW)), world.context())
     assert anchors is not None

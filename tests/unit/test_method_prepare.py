@@ -133,15 +133,12 @@ def test_preparation_draws_the_same_numbers_whatever_was_drawn_before(tmp_path: 
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize(
-    ("changes", "setting"),
-    [({"freeze": ("mlp",)}, "train.freeze"), ({"activation_checkpointing": True}, "train.activation_checkpointing")],
-)
-def test_settings_of_a_backbone_are_refused_without_one(changes: dict[str, Any], setting: str, tmp_path: Path) -> None:
+def test_a_method_without_a_backbone_has_nothing_to_freeze(tmp_path: Path) -> None:
     method = PreparedToy()
     method.network = method.backbone
     method.backbone = None
-    with pytest.raises(DllmError, match=setting) as caught:
-        make_trainer(tmp_path, replace(SETTINGS, **changes), method=method)
+    with pytest.raises(DllmError, match=r"train\.freeze") as caught:
+        make_trainer(tmp_path, replace(SETTINGS, freeze=("mlp",)), method=method)
     assert len(str(caught.value).splitlines()) == 2
+    make_trainer(tmp_path, replace(SETTINGS, activation_checkpointing=True), method=method)  # memory alone: no error
     assert method.device == torch.device("cpu")

@@ -12,7 +12,7 @@ import params
 from params import GridSpec
 from steps.plan import render, validate
 from steps.plan_text import settings_yaml
-from tests.plan_tools import LLAMA, TWO_CORES, model_dir, plan
+from tests.plan_tools import LLAMA, TWO_CORES, model_dir, plan, refused
 from tests.reader_room import install, reader_cell, with_cells
 
 # -- rows -----------------------------------------------------------------------------------------------------------
@@ -217,3 +217,15 @@ def test_a_room_with_a_network_of_its_own_is_planned_by_its_own_figures(
     )
     assert any(line.startswith("- repr_align_4: layers 1, final, rows that predict response tokens") for line in lines)
     assert "Networks of their own" not in render(plan("test", cells="random_mask"))
+
+
+def test_parts_of_the_base_model_cannot_be_frozen_in_a_room_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, monkeypatch)
+    spec = params.load("test", cells=["random_mask"], overrides={"train.freeze": "[mlp]"})
+    problem, remedy = refused(lambda: validate(with_cells(spec, reader_cell()), machine=TWO_CORES))
+    assert problem.startswith("train.freeze = ['mlp'], but cell 'reader' trains networks of its own")
+    assert "cells.reader.train.freeze=[]" in remedy
+    exempt = reader_cell().model_copy(update={"train": {"freeze": []}})
+    assert validate(with_cells(spec, exempt), machine=TWO_CORES).rows
