@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from steps.progress import bar, parse
+from steps.progress import UNKNOWN_WIDTH, bar, parse
 
 CLEAR = "\r\x1b[K"
 
@@ -55,9 +55,9 @@ class Screen:
         if self._columns is not None:
             return self._columns
         try:
-            return os.get_terminal_size(self._stream.fileno()).columns
+            return os.get_terminal_size(self._stream.fileno()).columns or UNKNOWN_WIDTH
         except (OSError, ValueError):
-            return 100
+            return UNKNOWN_WIDTH
 
     def close(self) -> None:
         """Remove the bar and write what has no line end yet."""

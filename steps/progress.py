@@ -17,6 +17,8 @@ LINE_EVERY_S = 10.0
 WATCHED_EVERY_S = 1.0
 BAR_EVERY_S = 0.2
 BAR_WIDTH = 24
+UNKNOWN_WIDTH = 100
+"""Columns of a terminal that does not say: a fresh pseudo-terminal claims to have 0."""
 
 
 def duration(seconds: float) -> str:
@@ -143,6 +145,6 @@ class Progress:
 
 def _columns() -> int:
     try:
-        return os.get_terminal_size().columns
+        return os.get_terminal_size().columns or UNKNOWN_WIDTH
     except OSError:
-        return 100
+        return UNKNOWN_WIDTH

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 
 import pytest
 
@@ -112,6 +113,20 @@ def test_screen_shows_progress_below_the_log() -> None:
 
 def test_bar_is_never_wider_than_the_terminal() -> None:
     assert len(bar("row", 5, 10, "x" * 200, 80)) < 80
+
+
+def test_a_terminal_of_no_width_gets_a_whole_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fresh pseudo-terminal (script, docker -t) says that it has 0 columns."""
+    monkeypatch.setattr("os.get_terminal_size", lambda *_: os.terminal_size((0, 0)))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("DLLM_PROGRESS", raising=False)
+    terminal = Terminal()
+    terminal.fileno = lambda: 1  # type: ignore[method-assign]
+    Screen(terminal).write("[ar] step 5/10 loss 4.3\n")
+    assert terminal.getvalue() == "\r\x1b[K[ar] ############------------ step 5/10 loss 4.3"
+    stream = Terminal()
+    Progress("ar", stream=stream)(5, 10, loss=4.3)
+    assert stream.getvalue() == "\r[ar] ############------------ step 5/10 loss 4.3"
 
 
 @pytest.mark.parametrize(
