@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 MAX_CURVE_POINTS = 400
 MAX_HEALTH_POINTS = 150
+MIN_POINTS = 20
+"""Of a curve that a trend is read from: a handful of batches is noise."""
 HEALTH = ("_accuracy", "_mse")
 """Ends of the names of what a latent row is watched by while it trains."""
 
@@ -38,7 +40,7 @@ def health_curves(metrics_path: Path) -> dict[str, list[tuple[float, float]]]:
 def still_rising(points: list[tuple[float, float]]) -> float:
     """Return by how much the mean of a curve's last fifth lies above that of the fifth before; 0 for a short curve."""
     size = len(points) // 5
-    if not size:
+    if len(points) < MIN_POINTS:
         return 0.0
     values = [value for _, value in points]
     return (sum(values[-size:]) - sum(values[-2 * size : -size])) / size

@@ -256,9 +256,9 @@ def test_a_resumed_run_counts_its_later_lines(tmp_path: Path) -> None:
 
 
 def test_still_rising_compares_the_last_two_fifths() -> None:
-    assert still_rising([(i, float(i)) for i in range(10)]) == pytest.approx(2.0)
-    assert still_rising([(i, 1.0) for i in range(10)]) == 0.0
-    assert still_rising([(0.0, 5.0)]) == 0.0
+    assert still_rising([(i, float(i)) for i in range(20)]) == pytest.approx(4.0)
+    assert still_rising([(i, 1.0) for i in range(20)]) == 0.0
+    assert still_rising([(i, float(i)) for i in range(19)]) == 0.0, "too short to tell"
 
 
 def test_differences_are_clustered_by_document() -> None:
