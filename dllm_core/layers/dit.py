@@ -87,6 +87,11 @@ class Prefix:
     keys_values: tuple[KeysValues, ...]
     visible_BP: Tensor | None = None
 
+    def select(self, rows: Tensor) -> Prefix:
+        """Return the named rows, int64 [R]."""
+        picked = tuple((key[rows], value[rows]) for key, value in self.keys_values)
+        return Prefix(picked, None if self.visible_BP is None else self.visible_BP[rows])
+
 
 class DiT(nn.Module):
     """A stack of blocks between an input and an output that its user provides.

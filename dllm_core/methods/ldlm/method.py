@@ -62,8 +62,9 @@ class Method(MethodProtocol):
 
     Attributes:
         networks: all that is trained.
-        embedding_VD: frozen token embeddings, a parameter that is not trained.
-        head_VD: rows along which tokens are read out: the embeddings at unit length, or an own matrix.
+        embedding_VD: frozen token embeddings at unit length, a parameter that is not trained. Nothing reads more of
+            them than their direction.
+        head_VD: rows along which tokens are read out: the embeddings, or an own matrix.
         mean_D, std_D: of the frozen states.
     """
 
@@ -80,7 +81,7 @@ class Method(MethodProtocol):
         hidden, vocab = base.hidden, base.contract.num_tokens
         self.layer = options.layer_name(base.num_layers)
         self.networks = LatentNetworks(options.sizes, hidden, vocab, normalise=options.normalise == "rms")
-        table_VD = torch.zeros(vocab, hidden) if base.embedding_VD is None else base.embedding_VD
+        table_VD = torch.zeros(vocab, hidden) if base.embedding_VD is None else F.normalize(base.embedding_VD, dim=1)
         self.embedding_VD = nn.Parameter(table_VD, requires_grad=False)
         self.register_buffer("mean_D", torch.zeros(hidden))
         self.register_buffer("std_D", torch.ones(hidden))
@@ -109,7 +110,7 @@ class Method(MethodProtocol):
     def head_VD(self) -> Tensor:
         """Rows of the token head, [V, D]."""
         own = self.networks.token_head_VD
-        return F.normalize(self.embedding_VD, dim=1) if own is None else own
+        return self.embedding_VD if own is None else own
 
     def standardise(self, states: Tensor) -> Tensor:
         """Return states with mean 0 and variance 1 per dimension over the training data, in the compute dtype."""
@@ -197,7 +198,7 @@ class Method(MethodProtocol):
             self.networks, inputs, self.head_VD, self.schedule, self.decoder_noise, totals["tokens"]
         )
         diffusion, states = found.diffusion_S.sum() / tokens, found.states_S.sum() / tokens
-        loss = diffusion + states + found.tokens.total
+        loss = diffusion + states + self.options.token_weight * found.tokens.total
         parts: dict[str, Tensor | float] = {
             "diffusion_mse": diffusion.detach(),
             "state_mse": states.detach(),
@@ -241,10 +242,12 @@ class Method(MethodProtocol):
             self_condition_S=cut.of_rows(extras["self_condition_B"]),
             true_states_S=cut.of_rows(extras["true_states_B"]),
             token_weight_SL=cut.slots(extras["token_weight_BT"]) * cut.real_SL,
-            gamma=encoder_gate(
-                info.step, math.ceil(self.options.gate_warmup * info.total_steps), floor=self.options.gate_floor
-            ),
+            gamma=self._gate(info),
         )
+
+    def _gate(self, info: StepInfo) -> float:
+        warmup_steps = math.ceil(self.options.gate_warmup * info.total_steps)
+        return self.options.gate_ceiling * encoder_gate(info.step, warmup_steps, floor=self.options.gate_floor)
 
     def prompts_of(self, batch: Batch, cut: Segments, resources: Resources) -> tuple[Tensor | None, Tensor | None]:
         """Return what the prompt encoder reads [S, P, D], and which of it is there."""

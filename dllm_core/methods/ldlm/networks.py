@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dllm_core.layers.attention import key_mask, rotation
+from dllm_core.layers.attention import NORM_EPS, key_mask, rotation
 from dllm_core.layers.dit import DiT, Modulations, Prefix
 from dllm_core.layers.perceiver import Perceiver
 from dllm_core.layers.transformer import Transformer
@@ -22,7 +22,7 @@ QUERY_STD = 0.02
 
 def on_sphere(z_BLK: Tensor) -> Tensor:
     """Return latents scaled to norm sqrt(K)."""
-    return F.rms_norm(z_BLK, z_BLK.shape[-1:], eps=1e-6)
+    return F.rms_norm(z_BLK, z_BLK.shape[-1:], eps=NORM_EPS)
 
 
 def _zero(linear: nn.Linear) -> nn.Linear:
@@ -108,7 +108,7 @@ class PromptEncoder(nn.Module):
             visible_BP: bool; tokens that are no padding (None: all).
         """
         position_P = prompt_positions(x_BPD.shape[1], x_BPD.device)
-        normed_BPD = F.rms_norm(x_BPD, x_BPD.shape[-1:])
+        normed_BPD = F.rms_norm(x_BPD, x_BPD.shape[-1:], eps=NORM_EPS)
         return self.transformer(self.to_width(normed_BPD), position_P, key_mask(visible_BP))
 
 

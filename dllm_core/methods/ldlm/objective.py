@@ -1,4 +1,4 @@
-"""The loss of a micro-batch: L = L_diff + L_h + L_w (arXiv:2605.07933, Eq. 2 and 5).
+"""The loss of a micro-batch: L = L_diff + L_h + w L_w (arXiv:2605.07933, Eq. 2 and 5).
 
 S segments, L slots, K latent dimension, D width of the frozen states, M tokens of the token loss, V vocabulary.
 
@@ -100,11 +100,17 @@ def predict(
 ) -> Tensor:
     """Return the denoiser's x0_hat; where the coin says so, with a first prediction of its own at hand."""
     before_SLK = torch.zeros_like(noisy_SLK)
-    coin_S = inputs.self_condition_S
-    if bool(coin_S.any()):
+    (chosen_R,) = inputs.self_condition_S.nonzero(as_tuple=True)
+    if len(chosen_R):
         with torch.no_grad():
-            first_SLK = networks.denoise(noisy_SLK.detach(), inputs.time_S, before_SLK, prefix, padding_SL)
-        before_SLK = torch.where(coin_S[:, None, None], first_SLK, before_SLK)
+            first_RLK = networks.denoise(
+                noisy_SLK[chosen_R],
+                inputs.time_S[chosen_R],
+                None,
+                None if prefix is None else prefix.select(chosen_R),
+                None if padding_SL is None else padding_SL[chosen_R],
+            )
+        before_SLK = before_SLK.index_copy(0, chosen_R, first_RLK)
     return networks.denoise(noisy_SLK, inputs.time_S, before_SLK, prefix, padding_SL)
 
 

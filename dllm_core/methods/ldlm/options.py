@@ -39,7 +39,11 @@ class Options(RoomOptions):
         self_condition: share of samples trained with a first prediction at hand.
         prompt_drop: share of samples trained without their prompt, for classifier-free guidance.
         gate_warmup: part of the steps over which the gradient of the diffusion loss into the encoder opens.
-        gate_floor: how far it is open at the start.
+        gate_floor: how far it is open at the start, relative to the ceiling.
+        gate_ceiling: how far it opens. Fully open (1, as published for runs of 200,000 steps) it lets the encoder make
+            latents that are easy to predict: in short runs all of them collapse onto a line (docs/LOG.md).
+        token_weight: factor of the token loss. It trains the token decoder alone, and AdamW does not see the scale of
+            a loss: what the factor changes is how much of the common gradient clipping the token decoder uses up.
         adaptive_times: draw times where the loss rises; False draws them uniformly.
         adaptive_refresh: part of the steps between two refreshes of that density.
         token_fraction: share of a sequence's tokens in the token loss, drawn anew each step; an unbiased estimate.
@@ -66,9 +70,11 @@ class Options(RoomOptions):
     prompt_drop: Share = 0.1
     gate_warmup: Share = 0.15
     gate_floor: Share = 1e-3
+    gate_ceiling: Share = 0.0
+    token_weight: PositiveFloat = 0.02
     adaptive_times: bool = True
     adaptive_refresh: Annotated[float, Field(gt=0, le=1)] = 0.1
-    token_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
+    token_fraction: Annotated[float, Field(gt=0, le=1)] = 0.25
     true_states: Share = 0.5
     consistency: NonNegativeFloat = 0.0
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
