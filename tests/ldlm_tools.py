@@ -45,7 +45,11 @@ SHAPE = Shape(
 
 
 def tiny_ldlm(*, move: float = 0.1, seed: int = 0, shape: Shape = SHAPE, **options: Any) -> Method:
-    """Return an LDLM on a 4-layer llama; `move` is the noise put on all its weights, those that start at zero too."""
+    """Return an LDLM on a 4-layer llama; `move` is the noise put on all its weights, those that start at zero too.
+
+    Losses have the weights of the paper unless `options` say otherwise.
+    """
+    options = {"gate_ceiling": 1.0, "token_weight": 1.0, **options}
     base = Base.of(tiny_backbone("llama", layers=LAYERS))
     torch.manual_seed(seed)
     method = Method(None, Options(shape=shape, **options), base=base)
@@ -142,7 +146,7 @@ def denoise(networks: LatentNetworks, x_LK: Tensor, t: float, before_LK: Tensor,
     """Return x0_hat of one document; `prompt_PD` holds no rows where there is no prompt or it was dropped."""
     denoiser, encoder, size = networks.denoiser, networks.prompt_encoder, len(prompt_PD)
     at_P = range(-size, 0)
-    normed_PD = prompt_PD / (prompt_PD.square().mean(1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+    normed_PD = prompt_PD / (prompt_PD.square().mean(1, keepdim=True) + 1e-6).sqrt()
     inner_PW = normed_PD @ encoder.to_width.weight.T
     if size:
         all_PP = torch.ones(size, size, dtype=torch.bool)

@@ -5,9 +5,9 @@ D width of the base model's states, K latent dimension, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, model_validator
 
 from dllm_core.layers import sizes
 from dllm_core.methods.requirements import BaseShape
@@ -38,9 +38,20 @@ class Shape(BaseModel):
     denoiser_depth: PositiveInt
     token_width: PositiveInt
     token_depth: PositiveInt
-    prompt_depth: int = 1
+    prompt_depth: NonNegativeInt = 1
     head_width: PositiveInt = 64
     token_head: Literal["frozen", "own"] = "frozen"
+
+    @model_validator(mode="after")
+    def _widths_split_into_heads(self) -> Self:
+        for name in ("encoder_width", "decoder_width", "denoiser_width", "token_width"):
+            width = getattr(self, name)
+            if width % (2 * self.heads(width)):
+                raise ValueError(
+                    f"{name} = {width} does not split into {self.heads(width)} heads of even width; "
+                    f"give a multiple of head_width = {self.head_width}"
+                )
+        return self
 
     def latent(self, hidden: int) -> int:
         """Return K for a base model of that width."""
