@@ -16,35 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from steps.report.schema import Results
+from tests.flow.grid_runs import FLOW, ROOT, ROWS, environment, results, run
 
-ROOT = Path(__file__).resolve().parents[2]
-FLOW = ROOT / "flows" / "compare_grid.py"
-ROWS = ["ar", "ar_tuned", "random_mask", "repr_align_4", "repr_align_all", "repr_align_trajectory"]
 TWO_CELLS = ("run", "--preset", "test", "--cells", "random_mask,repr_align_all")
-
-
-def environment(runs: Path, **extra: str) -> dict[str, str]:
-    hidden = ("USER", "USERNAME", "LOGNAME", "MLFLOW_TRACKING_URI", "DLLM_STEPS", "DLLM_TRACKING")
-    kept = {k: v for k, v in os.environ.items() if k not in hidden and not k.startswith("METAFLOW_")}
-    return kept | {"DLLM_RUNS": str(runs)} | extra
-
-
-def run(runs: Path, *arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
-    """Run the flow from another directory, without a terminal and without a user name."""
-    return subprocess.run(
-        [sys.executable, str(FLOW), *arguments],
-        cwd=runs.parent,
-        env=environment(runs, **extra),
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-
-
-def results(runs: Path) -> Results:
-    return Results.model_validate_json((runs / "reports" / "latest" / "results.json").read_text())
 
 
 @pytest.fixture(scope="module")
