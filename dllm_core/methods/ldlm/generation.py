@@ -5,7 +5,7 @@ B batch, L slots, P prompt tokens, K latent dimension, D width of the states, V 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -94,6 +94,11 @@ def slot_noise(job: Job, latent_dim: int, stream: str) -> Tensor:
     return pad_sequence(rows, batch_first=True)
 
 
+def noise_stream(k: int) -> str:
+    """Return the stream of the k-th noise of a job: the start, then those of steps 0, 1, ..."""
+    return "latent" if k == 0 else f"step {k - 1}"
+
+
 def real_slots(job: Job, device: torch.device) -> Tensor | None:
     """Return bool [B, L], None where all rows are equally long."""
     if len(set(job.lengths)) == 1:
@@ -132,31 +137,45 @@ def denoiser(method: Method, prefix: Prefix | None, real_BL: Tensor | None, guid
     return guided, 2
 
 
-def latents(method: Method, job: Job) -> tuple[Tensor, Tensor | None, int]:
-    """Return (clean latents [B, L, K], real slots, network passes)."""
+def latents(
+    method: Method, job: Job, noises: Callable[[int], Tensor] | None = None
+) -> tuple[Tensor, Tensor | None, int]:
+    """Return (clean latents [B, L, K], real slots, network passes).
+
+    Args:
+        method: in eval mode.
+        job: what to generate.
+        noises: 0 -> the noise to start from, k + 1 -> that of step k, [B, L, K]; None draws them, keyed per sample.
+    """
     device, dtype = method.device, method.embedding_VD.dtype
     steps, latent_dim = job.config.max_denoising_steps, method.networks.latent_dim
     real_BL = real_slots(job, device)
     prompt_BPD, visible_BP = prompt_rows(method, job.prompts)
     prefix = method.networks.prompt(prompt_BPD, visible_BP)
     predict, passes = denoiser(method, prefix, real_BL, job.guidance)
-    x1_BLK = slot_noise(job, latent_dim, "latent").to(device=device, dtype=dtype)
 
-    def fresh(k: int) -> Tensor:
-        return slot_noise(job, latent_dim, f"step {k}").to(device=device, dtype=dtype)
+    def drawn_noise(k: int) -> Tensor:
+        return slot_noise(job, latent_dim, noise_stream(k)).to(device=device, dtype=dtype)
 
+    noise = drawn_noise if noises is None else noises
     times = method.times.grid(steps, method.options.grid)
-    noise = fresh if job.solver in STOCHASTIC else None
-    found_BLK = solve(predict, x1_BLK, times, job.solver, method.schedule, noise)  # type: ignore[arg-type]
+    fresh = (lambda k: noise(k + 1)) if job.solver in STOCHASTIC else None
+    found_BLK = solve(predict, noise(0), times, job.solver, method.schedule, fresh)  # type: ignore[arg-type]
     return found_BLK, real_BL, passes * steps + 1 + (method.options.prompt_encoder == "backbone")
 
 
 def tokens_of(method: Method, job: Job, latents_BLK: Tensor, real_BL: Tensor | None) -> Tensor:
     """Return int64 [B, L]: the most probable tokens, or draws at the temperature of the config."""
-    outputs_MD = method.token_outputs(latents_BLK, real_BL).flatten(0, 1)
-    head_VD, shape = method.head_VD, latents_BLK.shape[:2]
-    if job.config.temperature == 0:
-        return token_stats.stats(outputs_MD, head_VD, second=False).argmax_M.view(shape)
+    outputs_BLD = method.token_outputs(latents_BLK, real_BL)
+    if job.config.temperature != 0:
+        return drawn(method, job, outputs_BLD)
+    best = token_stats.stats(outputs_BLD.flatten(0, 1), method.head_VD, second=False)
+    return best.argmax_M.view(latents_BLK.shape[:2])
+
+
+def drawn(method: Method, job: Job, outputs_BLD: Tensor) -> Tensor:
+    """Return tokens drawn at the temperature of the config, int64 [B, L]."""
+    outputs_MD, head_VD = outputs_BLD.flatten(0, 1), method.head_VD
     source = NoiseSource(job.config.seed)
     rows = [
         torch.rand(n, generator=source.generator(sample, 0, "token"), dtype=torch.float64)
@@ -167,7 +186,7 @@ def tokens_of(method: Method, job: Job, latents_BLK: Tensor, real_BL: Tensor | N
         draw_tokens((outputs_MD[i : i + _CHUNK_ROWS] @ head_VD.T).float(), job.config, uniform_M[i : i + _CHUNK_ROWS])
         for i in range(0, len(outputs_MD), _CHUNK_ROWS)
     ]
-    return torch.cat(parts).view(shape)
+    return torch.cat(parts).view(outputs_BLD.shape[:2])
 
 
 def generate(method: Method, job: Job) -> GenerationOutput:

@@ -24,7 +24,7 @@ from dllm_core.data.order import SampleOrder
 from dllm_core.data.sequences import SequenceSet
 from dllm_core.errors import DllmError
 from dllm_core.kernels import token_stats
-from dllm_core.methods.ldlm import generation, objective, start
+from dllm_core.methods.ldlm import fast, generation, objective, start
 from dllm_core.methods.ldlm.base import Base
 from dllm_core.methods.ldlm.draws import draw, weight_totals
 from dllm_core.methods.ldlm.networks import LatentNetworks
@@ -90,6 +90,7 @@ class Method(MethodProtocol):
         self.times = AdaptiveTimes(REFRESH_STEPS)
         self.ema = Ema(self.networks.named_parameters(), options.ema_decay)
         self._prompt_model: tuple[Backbone, ...] = ()
+        self._fast: fast.FastSampler | None = None
 
     @classmethod
     def from_base(
@@ -348,6 +349,7 @@ class Method(MethodProtocol):
         sample_ids: Sequence[int] | None = None,
         solver: Literal["ddim", "ddpm", "sde"] | None = None,
         guidance: float | None = None,
+        path: Literal["auto", "fast", "reference"] = "auto",
     ) -> GenerationOutput:
         """Generate with the averaged weights, in the dialect of transformers.
 
@@ -359,12 +361,14 @@ class Method(MethodProtocol):
             sample_ids: one id per prompt, which with the seed keys its noise; None means 0..B-1.
             solver: in place of the cell's.
             guidance: in place of the cell's.
+            path: `auto` takes the fast path where there is one (`fast.refusal`), but not in training mode, whose
+                weights change between calls; `fast` is an error where there is none.
 
         Returns:
             Sequences on the CPU, prompt included. `num_forwards` counts every network.
 
         Raises:
-            DllmError: an empty prompt, or lists of different lengths.
+            DllmError: an empty prompt, lists of different lengths, or no fast path where it was insisted on.
         """
         config = generation_config or DiffusionGenerationConfig()
         job = generation.job_of(
@@ -377,7 +381,7 @@ class Method(MethodProtocol):
             guidance=guidance,
         )
         if not self.training:
-            return generation.generate(self, job)
+            return fast.generate(self, job, path)
         self.eval()
         try:
             with self.ema.swapped(self.networks):
