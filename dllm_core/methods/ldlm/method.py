@@ -380,14 +380,15 @@ class Method(MethodProtocol):
             solver=solver,
             guidance=guidance,
         )
-        if not self.training:
+        if not self.training and not int(self.ema.num_updates):  # a loaded cell's weights are its averages
             return fast.generate(self, job, path)
+        was_training = self.training
         self.eval()
         try:
             with self.ema.swapped(self.networks):
                 return generation.generate(self, job)
         finally:
-            self.train()
+            self.train(was_training)
 
     # -- keeping ------------------------------------------------------------------------------------------------------
 
