@@ -13,6 +13,8 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
@@ -44,6 +46,14 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, validate_default=True
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any, info: ValidationInfo) -> Any:
+        """Take a single number or name for a list of one: `--set bench.steps=8`."""
+        field = cls.model_fields[info.field_name or ""]
+        wants_list = "tuple" in str(field.annotation) and not isinstance(value, (list, tuple, dict, set, type(None)))
+        return [value] if wants_list else value
 
 
 class ScratchSpec(Settings):

@@ -23,6 +23,8 @@ LOSS_CHUNK_BYTES = 0.25e9
 ROW_MULTIPLE = 64
 """A converted vocabulary is padded to a multiple of this, after a row for the mask."""
 DTYPE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0}
+TRAINED_BYTES = {"fp32": 16, "bf16": 18}
+"""Of a trained parameter: weight, gradient and two moments in fp32; computing in bf16 keeps a copy of the weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,15 +157,16 @@ def training_memory(
         dtype: compute dtype.
         checkpointing: activations are recomputed block by block.
     """
-    # bf16: 2 weights + 4 master + 8 moments + 2 gradients; fp32 needs no second copy: 4 + 8 + 4
-    weights = 16.0 * shape.parameters
+    per_parameter = TRAINED_BYTES[dtype]
+    weights = per_parameter * shape.parameters
     positions = sequences * length
     size = DTYPE_BYTES[dtype]
     # per position and block: norms, q, k, v, attention output, two residuals (12 D) and gate, up, product, act (4 F)
     block = size * positions * (12 * shape.hidden + 4 * shape.ffn)
     kept = size * positions * shape.hidden if checkpointing else block
     activations = shape.layers * kept + (block if checkpointing else 0.0)
-    return MemoryEstimate(weights=weights, activations=activations, rest=PROCESS_BYTES + LOSS_CHUNK_BYTES)
+    rest = PROCESS_BYTES + LOSS_CHUNK_BYTES
+    return MemoryEstimate(weights=weights, activations=activations, rest=rest, per_parameter=per_parameter)
 
 
 def network_memory(network: NetworkCost, hidden: int, tokens: int, *, dtype: str) -> MemoryEstimate:
@@ -179,7 +182,7 @@ def network_memory(network: NetworkCost, hidden: int, tokens: int, *, dtype: str
         tokens: response tokens of a micro-batch.
         dtype: compute dtype.
     """
-    trained, frozen = (18, 6.0) if dtype == "bf16" else (16, 4.0)
+    trained, frozen = TRAINED_BYTES[dtype], 6.0 if dtype == "bf16" else 4.0
     values = 1.75 * network.flops_per_response_token / 6.0 / hidden
     return MemoryEstimate(
         weights=trained * network.num_trainable + frozen * network.frozen,

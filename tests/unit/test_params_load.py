@@ -11,13 +11,25 @@ import params
 from params.overrides import parse_overrides
 from params.schema import GridSpec
 
+ROOT = Path(__file__).resolve().parents[2]
 PRESETS = ["gpu_small", "laptop", "overnight", "qwen3_1_7b", "smoke", "test"]
-ROWS = ["ar", "ar_tuned", "random_mask", "repr_align_4", "repr_align_all", "repr_align_trajectory"]
+ALONE = ["ldlm_hour"]
+ROWS = ["ar", "ar_tuned", "random_mask", "repr_align_4", "repr_align_all", "repr_align_trajectory", "ldlm"]
 
 
 def test_names() -> None:
-    assert params.preset_names() == PRESETS
-    assert params.cell_names() == ROWS
+    assert params.preset_names() == sorted(PRESETS + ALONE)
+    assert params.cell_names() == sorted(p.stem for p in (ROOT / "params" / "cells").glob("*.yaml"))
+    assert set(ROWS) <= set(params.cell_names())
+
+
+def test_a_preset_of_one_cell() -> None:
+    assert [c.name for c in params.load("ldlm_hour").cells] == ["ar", "ldlm"]
+
+
+def test_one_value_stands_for_a_list_of_one() -> None:
+    assert params.load(overrides="bench.steps=8").bench.steps == (8,)
+    assert params.load(overrides="eval.frontier_temperatures=0.7").eval.frontier_temperatures == (0.7,)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -318,16 +318,16 @@ def test_huge_data_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_too_little_memory() -> None:
     small = replace(TWO_CORES, memory_free=2e9)
     assert refused(lambda: plan("laptop", cells="random_mask", machine=small)) == [
-        "Training random_mask needs about 3.6 GB of memory (estimate), 2.0 GB are free.",
+        "Training random_mask needs about 3.9 GB of memory (estimate), 2.0 GB are free.",
         "Try --set train.micro_batch_size=1,train.activation_checkpointing=true or a smaller model; "
         "a GPU of 8 GB would fit.",
     ]
     limit = "runtime.memory_limit_gb=1.5"
     assert refused(lambda: plan("laptop", cells="random_mask", overrides=limit))[0] == (
-        "Training random_mask needs about 3.6 GB of memory (estimate), 1.5 GB are allowed by runtime.memory_limit_gb."
+        "Training random_mask needs about 3.9 GB of memory (estimate), 1.5 GB are allowed by runtime.memory_limit_gb."
     )
     text = render(plan("laptop", machine=small, dry_run=True))
-    assert "Here the run would stop\n  Training ar_tuned needs about 3.6 GB of memory" in text
+    assert "Here the run would stop\n  Training ar_tuned needs about 3.9 GB of memory" in text
 
 
 def test_too_little_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

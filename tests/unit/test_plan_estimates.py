@@ -129,7 +129,7 @@ def test_flops_of_a_forward_count_every_multiplication() -> None:
 def test_memory_is_16_bytes_a_parameter_and_grows_with_the_micro_batch() -> None:
     one = training_memory(SMOLLM2, 1, 160, dtype="bf16", checkpointing=False)
     eight = training_memory(SMOLLM2, 8, 160, dtype="bf16", checkpointing=False)
-    assert one.weights == 16 * SMOLLM2.parameters
+    assert one.weights == 18 * SMOLLM2.parameters
     assert eight.activations == pytest.approx(8 * one.activations)
     full = training_memory(SMOLLM2, 8, 160, dtype="fp32", checkpointing=False)
     assert full.activations == pytest.approx(2 * eight.activations)
@@ -166,7 +166,7 @@ def test_memory_of_a_measured_step() -> None:
 
 def test_smallest_gpu() -> None:
     assert training_memory(SMOLLM2, 4, 160, dtype="bf16", checkpointing=False).smallest_gpu_gb() == 8
-    assert training_memory(QWEN3, 1, 160, dtype="bf16", checkpointing=True).smallest_gpu_gb() == 32
+    assert training_memory(QWEN3, 1, 160, dtype="bf16", checkpointing=True).smallest_gpu_gb() == 48
     for size in GPU_SIZES_GB:
         exact = MemoryEstimate(weights=0.92 * size * 1e9, activations=0, rest=0)
         assert exact.smallest_gpu_gb() == size
