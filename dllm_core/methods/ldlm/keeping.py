@@ -48,9 +48,9 @@ def save(method: Method, directory: Path) -> None:
         "dllm": method.base.contract.model_dump(),
     }
     (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    source = method.base.directory
-    if method.options.prompt_encoder == "backbone" and source is not None:
-        shutil.copytree(source, directory / PROMPT_MODEL, dirs_exist_ok=True)
+    source, target = method.base.directory, directory / PROMPT_MODEL
+    if method.options.prompt_encoder == "backbone" and source is not None and source.resolve() != target.resolve():
+        shutil.copytree(source, target, dirs_exist_ok=True)
 
 
 def load(cls: type[M], directory: Path, options: Options, *, dtype: torch.dtype, device: torch.device | str) -> M:
@@ -90,7 +90,7 @@ def load(cls: type[M], directory: Path, options: Options, *, dtype: torch.dtype,
         missing, unexpected = method.load_state_dict(load_file(directory / WEIGHTS), strict=False)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ContractError(
-            f"The weights in '{directory}' do not fit their options: {str(error).splitlines()[0][:200]}",
+            f"The weights in '{directory}' do not fit their options: {_cause(error)}",
             "Load the cell with its own options, or train it again.",
         ) from error
     lacking = [n for n in missing if not n.startswith("ema.")]
@@ -102,4 +102,14 @@ def load(cls: type[M], directory: Path, options: Options, *, dtype: torch.dtype,
     with torch.no_grad():
         for name, average in method.ema.averages().items():  # what was written are the averages
             average.copy_(method.networks.get_parameter(name))
-    return method.to(device=device, dtype=dtype).eval()
+    statistics = method.mean_D, method.std_D
+    method.to(device=device, dtype=dtype)
+    # in bf16 the mean of a dimension far from zero would be off by a good part of its deviation
+    method.mean_D, method.std_D = (values.to(device) for values in statistics)
+    return method.eval()
+
+
+def _cause(error: Exception) -> str:
+    """Return the first line that says something: torch begins with a heading."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return (lines[1] if len(lines) > 1 else lines[0]).strip()[:200]
