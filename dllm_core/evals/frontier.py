@@ -88,20 +88,23 @@ def judged(
     """Return a judge's perplexity, the text statistics and the overlap with the references of some continuations.
 
     `shuffle_gap_nats` is how much the judge's nats per token rise when each text's 4-grams are permuted: text with
-    structure beyond 4-grams opens a gap, a bag of fragments does not.
+    structure beyond 4-grams opens a gap, a bag of fragments does not. `shuffled_judge_ppl` is the judge's perplexity
+    of the same tokens in any order: text no better than that is a bag of words.
     """
     given = [p.tolist() for p in prompts.ids]
     written = [t.tolist() for t in texts]
-    shuffled = [
-        shuffle_ngrams(ids, shuffle_n, noise.generator(sample, 0, f"shuffle {shuffle_n}"))
-        for ids, sample in zip(written, prompts.sample_ids, strict=True)
-    ]
+
+    def permuted(n: int) -> list[list[int]]:
+        generators = (noise.generator(sample, 0, f"shuffle {n}") for sample in prompts.sample_ids)
+        return [shuffle_ngrams(ids, n, generator) for ids, generator in zip(written, generators, strict=True)]
+
     plain = judge.score(given, written).grouped(prompts.groups).per_token()
     return {
         "judge_ppl": _exp(plain.value),
         "judge_nats_per_token": plain.as_json(),
         "judge": judge.label,
-        "shuffle_gap_nats": judge.score(given, shuffled).per_token().value - plain.value,
+        "shuffle_gap_nats": judge.score(given, permuted(shuffle_n)).per_token().value - plain.value,
+        "shuffled_judge_ppl": _exp(judge.score(given, permuted(1)).per_token().value),
         "num_samples": len(written),
         **text_statistics(written),
         **overlap_statistics(written, [r.tolist() for r in prompts.references], prompts.groups),
@@ -109,18 +112,12 @@ def judged(
 
 
 def reference_statistics(judge: Judge, prompts: Prompts, noise: NoiseSource) -> dict[str, Any]:
-    """Return the figures of the held-out continuations, and the judge's perplexity of the same tokens shuffled.
+    """Return the figures of the held-out continuations.
 
     Of the overlaps only `overlap_n_other` says something here: what any two held-out texts have in common.
     """
     found = judged(judge, prompts, prompts.references, noise)
-    figures = {k: v for k, v in found.items() if not k.startswith("overlap") or k.endswith("_other")}
-    given = [p.tolist() for p in prompts.ids]
-    tokens = [
-        shuffle_ngrams(ids.tolist(), 1, noise.generator(sample, 0, "shuffle 1"))
-        for ids, sample in zip(prompts.references, prompts.sample_ids, strict=True)
-    ]
-    return {**figures, "shuffled_judge_ppl": _exp(judge.score(given, tokens).per_token().value)}
+    return {k: v for k, v in found.items() if not k.startswith("overlap") or k.endswith("_other")}
 
 
 def _exp(nats: float) -> float:

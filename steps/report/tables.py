@@ -101,7 +101,8 @@ def cost_table(results: Results) -> str:
 
 def frontier_table(results: Results) -> str:
     """Return generation quality over temperatures: judge perplexity never without entropy and repetition."""
-    header = ["row", "T", "forwards", "judge ppl", "judge", "entropy nats", "distinct-2", "repeated 4-grams"]
+    header = ["row", "T", "forwards", "judge ppl", "tokens shuffled", "judge", "entropy nats", "distinct-2"]
+    header.append("repeated 4-grams")
 
     def line(name: str, temperature: str, point: dict[str, Any]) -> list[str]:
         return [
@@ -109,6 +110,7 @@ def frontier_table(results: Results) -> str:
             temperature,
             _number(point.get("num_forwards"), ".0f"),
             _number(point.get("judge_ppl"), ",.1f"),
+            _number(point.get("shuffled_judge_ppl"), ",.1f"),
             str(point.get("judge", NOT_MEASURED)),
             _number(point.get("unigram_entropy_nats"), ".2f"),
             _number(point.get("distinct_2"), ".2f"),

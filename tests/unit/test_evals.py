@@ -306,7 +306,13 @@ def test_shuffling_opens_a_gap_only_where_there_is_structure() -> None:
     batch = sequences.batch_of(range(8))
     prompts = prompts_of(batch, prompt_tokens=1, response_tokens=64, limit=8)
     ordered = [torch.arange(int(p[-1]) + 1, int(p[-1]) + 65) for p in prompts.ids]
-    assert judged(Bigrams(), prompts, ordered, NoiseSource(0))["shuffle_gap_nats"] > 0.3
+    written = judged(Bigrams(), prompts, ordered, NoiseSource(0))
+    assert written["shuffle_gap_nats"] > 0.3
+    # of 64 shuffled tokens about one pair stays in order
+    assert written["judge_ppl"] == pytest.approx(math.e)
+    assert written["shuffled_judge_ppl"] == pytest.approx(math.exp(3.0 - 2.0 / 64), rel=0.05)
+    same = judged(Bigrams(), prompts, [torch.full((64,), 7)] * 8, NoiseSource(0))
+    assert same["shuffled_judge_ppl"] == same["judge_ppl"]
     fragments = [torch.tensor([i % 4 for i in range(64)]) for _ in prompts.ids]
     assert judged(Bigrams(), prompts, fragments, NoiseSource(0))["shuffle_gap_nats"] == pytest.approx(0.0, abs=0.05)
     figures = reference_statistics(Bigrams(), prompts, NoiseSource(0))
