@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dllm_core.methods.ldlm.networks import LatentNetworks
+
 RIDGE = 1e-3
 SCALES = (5.0, 10.0, 20.0, 30.0, 40.0, 60.0, 80.0)
 SCALE_TOKENS = 1024
@@ -100,3 +102,26 @@ def best_log_scale(outputs_ND: Tensor, ids_N: Tensor, head_VD: Tensor) -> float:
     scores_NV = outputs_ND.float() @ head_VD.float().T
     losses = {s: float(torch.nn.functional.cross_entropy(s * scores_NV, ids_N)) for s in SCALES}
     return math.log(min(losses, key=lambda s: losses[s]))
+
+
+@torch.no_grad()
+def start_linear(
+    networks: LatentNetworks, found: Statistics, sample: tuple[Tensor, Tensor], head_VD: Tensor, noise: float
+) -> None:
+    """Set the straight paths, and the scale of the logits, to closed forms.
+
+    Args:
+        networks: whose paths are set.
+        found: moments over the training data.
+        sample: states [N, D] and token ids [N] to find the scale with.
+        head_VD: rows of the token head.
+        noise: of the latent decoder's input.
+    """
+    map_KD = principal_map(found, networks.latent_dim)
+    networks.latent_encoder.straight.weight.copy_(map_KD)
+    networks.latent_decoder.straight.weight.copy_(best_decoder(found, map_KD, noise))
+    if networks.token_head_VD is None:
+        to_head_DD = head_map(found)
+        networks.token_decoder.straight.weight.copy_(to_head_DD)
+        states_ND = ((sample[0] - found.mean_D) / found.std_D) @ to_head_DD.T
+        networks.token_decoder.log_scale.fill_(best_log_scale(states_ND, sample[1], head_VD))
