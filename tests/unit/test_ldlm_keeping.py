@@ -160,7 +160,7 @@ def test_prompts_through_the_language_model_train_from_anchors_and_generate_with
     base = tmp_path / "base"
     shutil.copytree(converted, base)
     method, _, _ = _train(base, tmp_path, prompt_encoder="backbone")
-    assert not method._prompt_model  # training read the store
+    assert method.prompt_reader.model is None  # training read the store
     out = method.generate(PROMPTS, CONFIG)
     assert out.num_forwards == 3 + 3 + 1  # the language model counts
     wanted = _texts(method)
@@ -195,7 +195,9 @@ def test_cached_prompt_states_are_the_live_ones_and_the_first_is_hidden(converte
     cut = segments_of(batch)
     cached_SPD, visible_SP = method.prompts_of(batch, cut, resources)
     ids_BP = batch.input_ids_BL[:, :4]
-    live_BPD = method.standardise(method.language_model_states(ids_BP, torch.ones_like(ids_BP, dtype=torch.bool)))
+    live_BPD = method.standardise(
+        method.prompt_reader.states(ids_BP, torch.ones_like(ids_BP, dtype=torch.bool), torch.float32)
+    )
     torch.testing.assert_close(cached_SPD, live_BPD, rtol=1e-4, atol=1e-4)
     assert visible_SP.tolist() == [[False, True, True, True]] * 2
     corrupted, totals = corrupt(method, batch)

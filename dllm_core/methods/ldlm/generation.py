@@ -114,7 +114,7 @@ def prompt_rows(method: Method, prompts: Sequence[Tensor]) -> tuple[Tensor, Tens
     visible_BP = torch.arange(ids_BP.shape[1] - 1, -1, -1, device=ids_BP.device) < lengths[:, None]
     if method.options.prompt_encoder == "embedding":
         return method.embedding_VD[ids_BP], None if bool(visible_BP.all()) else visible_BP
-    states_BPD = method.standardise(method.language_model_states(ids_BP, visible_BP))
+    states_BPD = method.standardise(method.prompt_reader.states(ids_BP, visible_BP, method.embedding_VD.dtype))
     first_B1 = (ids_BP.shape[1] - lengths)[:, None]  # the outlier at a document's first position is left out
     return states_BPD, visible_BP & (torch.arange(ids_BP.shape[1], device=ids_BP.device) != first_B1)
 

@@ -29,6 +29,7 @@ from dllm_core.methods.ldlm.base import Base
 from dllm_core.methods.ldlm.draws import draw, weight_totals
 from dllm_core.methods.ldlm.networks import LatentNetworks
 from dllm_core.methods.ldlm.options import Options
+from dllm_core.methods.ldlm.prompt_reader import PromptReader
 from dllm_core.methods.ldlm.segments import Segments, segments_of
 from dllm_core.methods.protocol import (
     Corrupted,
@@ -89,7 +90,7 @@ class Method(MethodProtocol):
         self.decoder_noise = options.noise_level(self.networks.latent_dim)
         self.times = AdaptiveTimes(REFRESH_STEPS)
         self.ema = Ema(self.networks.named_parameters(), options.ema_decay)
-        self._prompt_model: tuple[Backbone, ...] = ()
+        self.prompt_reader = PromptReader(base.directory, self.layer)
         self._fast: fast.FastSampler | None = None
 
     @classmethod
@@ -155,20 +156,8 @@ class Method(MethodProtocol):
         self.mean_D.copy_(found.mean_D)
         self.std_D.copy_(found.std_D)
         if self.options.start == "linear":
-            self._start_linear(found, next(parts()), head_VD)
+            start.start_linear(self.networks, found, next(parts()), head_VD, self.decoder_noise)
         self.ema = Ema(self.networks.named_parameters(), self.options.ema_decay).to(self.device)
-
-    @torch.no_grad()
-    def _start_linear(self, found: start.Statistics, sample: tuple[Tensor, Tensor], head_VD: Tensor) -> None:
-        networks = self.networks
-        map_KD = start.principal_map(found, networks.latent_dim)
-        networks.latent_encoder.straight.weight.copy_(map_KD)
-        networks.latent_decoder.straight.weight.copy_(start.best_decoder(found, map_KD, self.decoder_noise))
-        if networks.token_head_VD is None:
-            to_head_DD = start.head_map(found)
-            networks.token_decoder.straight.weight.copy_(to_head_DD)
-            states_ND = ((sample[0] - found.mean_D) / found.std_D) @ to_head_DD.T
-            networks.token_decoder.log_scale.fill_(start.best_log_scale(states_ND, sample[1], head_VD))
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -304,30 +293,6 @@ class Method(MethodProtocol):
         from dllm_core.methods.ldlm.health import health
 
         return health(self, batch, resources, noise)
-
-    def language_model_states(self, ids_BP: Tensor, visible_BP: Tensor) -> Tensor:
-        """Return the language model's states [B, P, D] of prompts (`prompt_encoder: backbone` alone).
-
-        Args:
-            ids_BP: prompts, padded on the left.
-            visible_BP: bool; tokens that are no padding.
-        """
-        from dllm_core.backbone.backbone import Backbone
-
-        if not self._prompt_model:
-            if self.base.directory is None:
-                raise DllmError(
-                    "This cell reads prompts through the language model, which is not at hand.",
-                    "Load the cell from the directory that training wrote, or use prompt_encoder: embedding.",
-                )
-            dtype = self.embedding_VD.dtype
-            self._prompt_model = (Backbone.from_pretrained(self.base.directory, dtype=dtype, device=self.device),)
-        model = self._prompt_model[0]
-        position_BP = (visible_BP.cumsum(1) - 1).clamp(min=0)
-        document_BP = torch.where(visible_BP, 0, -1)
-        with model.capture([self.layer]) as states:
-            model.hidden(ids_BP, causal=True, document_BL=document_BP, position_BL=position_BP)
-        return states[self.layer]
 
     def sample(
         self,
