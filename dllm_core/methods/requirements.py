@@ -107,12 +107,15 @@ class BaseShape:
         layers: number of blocks.
         vocab: rows of the converted embedding: tokens, mask row and padding.
         parameters: of the converted model; a tied matrix counts once.
+        positions_per_response_token: positions of a sequence, prompt included, for each of its response tokens: for
+            rooms that run the base model too.
     """
 
     hidden: int
     layers: int
     vocab: int
     parameters: int
+    positions_per_response_token: float = 1.25
 
 
 @dataclass(frozen=True, kw_only=True)

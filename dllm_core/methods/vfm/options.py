@@ -1,0 +1,180 @@
+"""Options of variational flow maps for text (after arXiv:2603.07276)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from dllm_core.errors import DllmError, did_you_mean
+from dllm_core.methods.requirements import (
+    AnchorNeed,
+    BaseShape,
+    Capabilities,
+    NetworkCost,
+    Requirements,
+    RoomOptions,
+)
+from dllm_core.methods.vfm.shapes import (
+    SHAPES,
+    AdapterShape,
+    adapter_flops,
+    adapter_parameters,
+    pass_flops,
+    time_parameters,
+)
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Options(RoomOptions):
+    """Options of `vfm`.
+
+    Attributes:
+        shape: name of the adapter's sizes, or the sizes themselves.
+        freeze_base: train the adapter alone; it then gives soft masks without noise, and the flow map, its phases and
+            its noise fall away (everything below that speaks of them has no effect).
+        frozen_attention: of the base model under `freeze_base`. A plain AR base knows causal attention alone; take
+            `bidirectional` when the base model is a trained denoiser.
+        gate: strength of a soft mask at the start, relative to the scale of the embeddings; it is learned and stays
+            positive.
+        prompt: `visible` to the map (the adapter then has little left to tell) or `hidden` from it, so that the noise
+            has to carry it.
+        prompt_encoder: what the adapter reads of prompts: `states` of the frozen model (from the anchor cache; to
+            generate, a copy of it is kept in memory unless the base stays frozen anyway), or its `embedding` rows.
+            `auto`: states under `freeze_base`, else embedding.
+        layer: hidden state that is read with `states`, counted from the end (-1 is after the final norm).
+        adapter_fraction: alpha, share of samples whose noise comes from the adapter; the others have N(0, 1).
+        tau: of L_data / (2 tau^2).
+        sigma: of L_obs / (2 sigma^2).
+        kl_weight: beta at its full height; the KL divergence is a mean over dimensions.
+        kl_warmup: part of the steps over which beta rises linearly from 0.
+        observe_fraction: share of the adapter's samples that pay for L_obs (a forward and backward each).
+        time_at_one: share of the samples at t = 1 exactly, where the one-pass sampler reads.
+        time_power: the other times have density proportional to t^power.
+        paired_share: part of the steps in the second phase; 0 leaves it out.
+        paired_fraction: share of the samples of the second phase that are trained on the sampler's own tokens; the
+            others stay on the flow, which keeps the sampler that is imitated in shape.
+        rollout_steps: K, passes of the sampler that is imitated.
+        statistics_sequences: training sequences over which the states' moments are taken.
+        anchor_sequences: distinct training sequences that are presented, over and over; None: all of them.
+    """
+
+    shape: str | AdapterShape = "base"
+    freeze_base: bool = False
+    frozen_attention: Literal["causal", "bidirectional"] = "causal"
+    gate: PositiveFloat = 0.1
+    prompt: Literal["visible", "hidden"] = "visible"
+    prompt_encoder: Literal["auto", "states", "embedding"] = "auto"
+    layer: int = Field(default=-3, le=-1)
+    adapter_fraction: Share = 0.5
+    tau: PositiveFloat = 1.0
+    sigma: PositiveFloat = 1.0
+    kl_weight: NonNegativeFloat = 1.0
+    kl_warmup: Share = 0.2
+    observe_fraction: Share = 0.5
+    time_at_one: Share = 0.25
+    time_power: NonNegativeFloat = 2.0
+    paired_share: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    paired_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
+    rollout_steps: Annotated[int, Field(ge=2)] = 16
+    statistics_sequences: PositiveInt = 512
+    anchor_sequences: PositiveInt | None = None
+
+    @property
+    def sizes(self) -> AdapterShape:
+        """The sizes, looked up where a name was given.
+
+        Raises:
+            DllmError: unknown name.
+        """
+        if isinstance(self.shape, AdapterShape):
+            return self.shape
+        if self.shape not in SHAPES:
+            raise DllmError(f"Unknown VFM shape '{self.shape}'.", did_you_mean(self.shape, SHAPES))
+        return SHAPES[self.shape]
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether the adapter reads the frozen model's states of the prompt."""
+        if self.prompt_encoder == "auto":
+            return self.freeze_base
+        return self.prompt_encoder == "states"
+
+    def layer_name(self, num_layers: int) -> str:
+        """Return the layer's name in the anchor store.
+
+        Raises:
+            DllmError: the model has no such layer.
+        """
+        index = num_layers + 1 + self.layer
+        if index < 0:
+            raise DllmError(
+                f"layer = {self.layer} does not exist in a model of {num_layers} blocks.",
+                f"Allowed: {-num_layers - 1} (embedding) to -1 (after the final norm).",
+            )
+        return "embed" if index == 0 else "final" if index == num_layers else str(index)
+
+    def requirements(self, num_layers: int) -> Requirements:
+        """Ask for one layer's states of the prompts, where the adapter reads them."""
+        _ = self.sizes
+        if not self.reads_states:
+            return Requirements()
+        need = AnchorNeed(
+            layers=(self.layer_name(num_layers),), positions="all", heldout=True, sequences=self.anchor_sequences
+        )
+        return Requirements(anchors=need)
+
+    def capabilities(self) -> Capabilities:
+        """No bound on the likelihood; evidence that the noise carries something is measured on held-out text."""
+        return Capabilities(diagnostics=True, latent=True)
+
+    def network(self, base: BaseShape) -> NetworkCost:
+        """Return parameters and training FLOPs; the base model is among what is trained unless it is frozen."""
+        shape, hidden = self.sizes, base.hidden
+        if self.freeze_base:
+            trainable = {"adapter": adapter_parameters(shape, hidden, spread=False) + 1}
+            return NetworkCost(
+                trainable=trainable, frozen=base.parameters, flops_per_response_token=self.training_flops(base)
+            )
+        trainable = {
+            "base model": base.parameters,
+            "adapter": adapter_parameters(shape, hidden),
+            "time embedding": time_parameters(hidden),
+        }
+        frozen = base.parameters if self.reads_states else 0
+        return NetworkCost(trainable=trainable, frozen=frozen, flops_per_response_token=self.training_flops(base))
+
+    def training_flops(self, base: BaseShape) -> float:
+        """Return operations of training per response token, averaged over the phases by their steps.
+
+        A backward costs two forwards; one forward where only the gradient of the input is wanted (a frozen base).
+        Passes of the rollout have no backward, and each but the last one makes softmax . E besides the logits.
+        """
+        shape, positions = self.sizes, base.positions_per_response_token
+        prompt = positions - 1.0
+        if self.freeze_base:
+            adapter = 3.0 * adapter_flops(shape, base.hidden, prompt, spread=False)
+            return adapter + 2.0 * pass_flops(base, positions, 0.5)
+        rolled = self.paired_share * self.paired_fraction
+        observed = self.adapter_fraction * self.observe_fraction * (prompt > 0)
+        shown = 1.0 if self.prompt == "hidden" else 0.5
+        return (
+            3.0 * pass_flops(base, positions, 1.0)
+            + 3.0 * self.adapter_fraction * adapter_flops(shape, base.hidden, prompt)
+            + 3.0 * observed * pass_flops(base, positions, shown * prompt)
+            + rolled * self.rollout_flops(base)
+        )
+
+    def rollout_flops(self, base: BaseShape) -> float:
+        """Return operations of one rollout of K passes per response token."""
+        positions = base.positions_per_response_token
+        return (self.rollout_steps - 1) * pass_flops(base, positions, 1.0, 2.0) + pass_flops(base, positions, 1.0)
+
+    def cost_factor(self) -> float:
+        """Return passes, in units of one forward and backward (an adapter of 8 % of the base model counted in)."""
+        if self.freeze_base:
+            return 2.0 / 3.0 + 0.08
+        observed = self.adapter_fraction * self.observe_fraction
+        rolled = self.paired_share * self.paired_fraction
+        return 1.0 + 0.08 * self.adapter_fraction + observed + rolled * self.rollout_steps / 3.0
