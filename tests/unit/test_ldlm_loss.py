@@ -123,6 +123,40 @@ def test_the_loss_equals_a_naive_float64_one(layout, coins, own):
     assert found == pytest.approx(wanted["diffusion_mse"] + wanted["state_mse"] + tokens, rel=2e-4)
 
 
+@pytest.mark.parametrize(
+    ("module", "parts"),
+    [
+        ("latent_encoder", ("diffusion_mse", "state_mse")),
+        ("latent_decoder", ("state_mse",)),
+        ("denoiser", ("diffusion_mse",)),
+        ("prompt_encoder", ("diffusion_mse",)),
+        ("token_decoder", ("token_nats",)),
+    ],
+)
+def test_gradients_are_the_slopes_of_the_naive_losses_that_reach_a_module(module, parts):
+    """With the gate open: through the input of the denoiser and through its target."""
+    method = tiny_ldlm(self_condition=0.0, prompt_drop=0.0, true_states=0.5, gate_warmup=0.0)
+    data = LAYOUTS["ragged"]()
+    batch, resources = data.batch_of(range(4)), random_anchors(data, method.layer)
+    corrupted, totals = corrupt(method, batch)
+    _, _, grads = split_losses(method, corrupted, totals, [4], resources)
+    parameters = dict(method.networks.get_submodule(module).named_parameters())
+    way = {name: torch.randn_like(p) for name, p in parameters.items()}
+    slope = sum(float((grads[f"networks.{module}.{n}"].double() * d.double()).sum()) for n, d in way.items())
+
+    def at(place: float) -> float:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter += place * way[name]
+            found = naive_losses(method, batch, corrupted.extras, resources)
+            for name, parameter in parameters.items():
+                parameter -= place * way[name]
+        return sum(found[part] for part in parts)
+
+    step = 1e-3
+    assert slope == pytest.approx((at(step) - at(-step)) / (2 * step), rel=0.01)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("sizes", [[1, 3], [2, 2], [1, 1, 1, 1]])
 def test_micro_batches_add_up_to_the_whole(layout, sizes):
