@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -155,8 +156,9 @@ def test_what_has_no_plan_falls_back_and_says_why() -> None:
         assert reason in str(fast.refusal(method, work))
         auto, expected = (method.generate(given, work.config, path=p, **more) for p in ("auto", "reference"))
         assert all(torch.equal(a, b) for a, b in zip(auto.sequences, expected.sequences, strict=True))
-        with pytest.raises(DllmError, match=reason):
-            method.generate(given, work.config, path="fast", **more)
+        for path in ("fast", "compiled"):
+            with pytest.raises(DllmError, match=reason):
+                method.generate(given, work.config, path=path, **more)
     assert (
         fast.refusal(model(prompt_encoder="backbone"), job(method, 2)) == "prompts are read through the language model"
     )
@@ -173,6 +175,19 @@ def test_auto_takes_the_plans_and_training_does_not(monkeypatch: pytest.MonkeyPa
     method.train().generate(prompts(), config)
     assert ran == [1]
     assert method.training
+
+
+def test_compiling_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "compiled", parts.eager)  # what is compiled does not matter here
+    method, config = model(), job(model(), 2).config
+    method.generate(prompts(), config)
+    assert method._fast is not None
+    assert not method._fast.wished
+    first = method._fast
+    method.generate(prompts(), config, path="fast")
+    assert method._fast is first
+    method.generate(prompts(), config, path="compiled")
+    assert method._fast.wished
 
 
 def test_copies_make_plans_of_their_own() -> None:
@@ -219,6 +234,17 @@ def test_placed_heads_attend_as_the_module_does(implementation: Any) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_fused_parts_generate_the_same_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = dataclasses.replace(parts.eager(), place=parts.place_fused, step=parts.step_fused, in_tensors=True)
+    monkeypatch.setattr(parts, "compiled", lambda: fused)
+    method = model()
+    for solver in ("ddim", "sde"):
+        sampler = fast.FastSampler(method, compiled=True)
+        latents_BLK, tokens_BL, fast_BLK, fast_BL = both(method, job(method, 4, solver=solver, guidance=2.0), sampler)
+        assert error(fast_BLK, latents_BLK) < LATENT_TOLERANCE[torch.float32]
+        assert torch.equal(fast_BL, tokens_BL)
+
+
 def test_steps_in_tensors_and_in_numbers_agree() -> None:
     state, x0_hat, noise = torch.randn(2, 3, 8), torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     numbers = plans.solver_plan("sde", [1.0, 0.7, 0.4, 0.1], tiny_ldlm(move=0).schedule)[2]
@@ -259,6 +285,20 @@ def test_a_machine_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -
     assert "compiler" in sampler.notes["compile"]
 
 
+def test_a_compiler_that_fails_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> Tensor:
+        raise RuntimeError("no such target\nand more")
+
+    monkeypatch.setattr(parts, "compiled", lambda: dataclasses.replace(parts.eager(), place=broken, in_tensors=True))
+    monkeypatch.setattr(fast, "can_compile", lambda device: None)
+    method = model()
+    sampler = fast.FastSampler(method, compiled=True)
+    _, tokens_BL, _, fast_BL = both(method, job(method, 3, solver="sde"), sampler)
+    assert torch.equal(fast_BL, tokens_BL)
+    assert not sampler.compiled
+    assert sampler.notes == {"compile": "no such target"}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(fast.can_compile(torch.device("cpu")) is not None, reason="no C++ compiler")
 @pytest.mark.parametrize("solver", ["ddim", "sde"])
@@ -290,10 +330,11 @@ def test_graphs_replay_what_the_reference_does(compiled: bool, dtype: torch.dtyp
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_a_replay_does_not_wait_for_the_host() -> None:
+def test_a_run_does_not_wait_for_the_device() -> None:
     method = model().to("cuda")
-    sampler = fast.FastSampler(method, compiled=False)
+    sampler = fast.FastSampler(method, compiled=False, graphs=False)
     plan = sampler.plan(fast.shape_of(job(method, 4)))
+    plan.run()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

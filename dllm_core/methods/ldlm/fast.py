@@ -25,7 +25,7 @@ from dllm_core.samplers.stopwatch import Stopwatch
 if TYPE_CHECKING:
     from dllm_core.methods.ldlm.method import Method
 
-PathName = Literal["auto", "fast", "reference"]
+PathName = Literal["auto", "fast", "compiled", "reference"]
 KEPT_PLANS = 8
 """Shapes whose buffers (and graphs) are kept; the one used longest ago goes first."""
 _COMPILED_SHAPES = 256
@@ -85,6 +85,9 @@ class FastSampler:
         graphs: replay CUDA graphs; None: on CUDA.
 
     Attributes:
+        wished: torch.compile was wished for.
+        compiled: and is used.
+        graphs: runs are replayed.
         notes: what was wished for and could not be had, and why.
     """
 
@@ -95,7 +98,7 @@ class FastSampler:
         reason = can_compile(device) if wanted else None
         if reason is not None:
             self.notes["compile"] = reason
-        self.compiled = wanted and reason is None
+        self.wished, self.compiled = wanted, wanted and reason is None
         self.graphs = device.type == "cuda" if graphs is None else graphs
         self._parts = parts.compiled() if self.compiled else parts.eager()
         self._plans: OrderedDict[Shape, Plan] = OrderedDict()
@@ -149,8 +152,8 @@ class FastSampler:
 
     def generate(self, job: Job) -> GenerationOutput:
         """Run a job that `refusal` has nothing against."""
-        plan = self.plan(shape_of(job))
         watch = Stopwatch(self._method.device)
+        plan = self.plan(shape_of(job))
         self.put(plan, job)
         tokens_BL: Tensor = plan.run()
         if job.config.temperature != 0:
@@ -160,22 +163,29 @@ class FastSampler:
         return generation.finished(self._method, job, tokens_BL.cpu(), passes + 2, watch.seconds(1))
 
 
-def sampler_of(method: Method) -> FastSampler:
-    """Return the plans that `Method.generate` uses, made at the first call."""
-    if method._fast is None or method._fast.device != method.device:
-        method._fast = FastSampler(method)
-    return method._fast
+def sampler_of(method: Method, *, compiled: bool = False) -> FastSampler:
+    """Return the plans that `Method.generate` uses, made at the first call; one set at a time is kept."""
+    kept = method._fast
+    if kept is None or (kept.device, kept.wished) != (method.device, compiled):
+        method._fast = kept = FastSampler(method, compiled=compiled)
+    return kept
 
 
 def generate(method: Method, job: Job, path: PathName = "auto") -> GenerationOutput:
     """Run a job on the fast path where there is one, else on the reference.
 
+    Args:
+        method: in eval mode.
+        job: what to generate.
+        path: `auto`; `fast` to be refused rather than fall back; `compiled` likewise, and through torch.compile, which
+            takes seconds to minutes per shape and pays for many generations of one shape on a GPU; `reference`.
+
     Raises:
-        DllmError: `path` is `fast` and the job needs the reference.
+        DllmError: `path` asks for what the job cannot have.
     """
     reason = "asked for" if path == "reference" else refusal(method, job)
     if reason is None:
-        return sampler_of(method).generate(job)
-    if path == "fast":
+        return sampler_of(method, compiled=path == "compiled").generate(job)
+    if path in ("fast", "compiled"):
         raise DllmError(f"This generation has no fast path: {reason}.", "Use path='auto' to fall back.")
     return generation.generate(method, job)

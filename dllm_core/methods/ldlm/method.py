@@ -314,7 +314,7 @@ class Method(MethodProtocol):
         sample_ids: Sequence[int] | None = None,
         solver: Literal["ddim", "ddpm", "sde"] | None = None,
         guidance: float | None = None,
-        path: Literal["auto", "fast", "reference"] = "auto",
+        path: fast.PathName = "auto",
     ) -> GenerationOutput:
         """Generate with the averaged weights, in the dialect of transformers.
 
@@ -327,7 +327,7 @@ class Method(MethodProtocol):
             solver: in place of the cell's.
             guidance: in place of the cell's.
             path: `auto` takes the fast path where there is one (`fast.refusal`), but not in training mode, whose
-                weights change between calls; `fast` is an error where there is none.
+                weights change between calls; `fast` is an error where there is none; see `fast.generate`.
 
         Returns:
             Sequences on the CPU, prompt included. `num_forwards` counts every network.
