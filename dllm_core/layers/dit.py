@@ -47,7 +47,13 @@ class DiTBlock(nn.Module):
     def forward(
         self, x_BLW: Tensor, modulation: Tensor, by: Rotation, prefix: KeysValues | None, mask: Tensor | None
     ) -> Tensor:
-        """Return [B, L, W].
+        """Return [B, L, W]; see `extend`."""
+        return self.extend(x_BLW, modulation, by, prefix, mask)[0]
+
+    def extend(
+        self, x_BLW: Tensor, modulation: Tensor, by: Rotation, prefix: KeysValues | None, mask: Tensor | None
+    ) -> tuple[Tensor, KeysValues]:
+        """Return ([B, L, W], the states' own keys and values, which a later call may look at as part of its prefix).
 
         Args:
             x_BLW: states.
@@ -58,9 +64,9 @@ class DiTBlock(nn.Module):
         """
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation.chunk(6, dim=-1)
         normed = modulated(x_BLW, shift_a, scale_a)
-        keys_values = joined(prefix, self.attention.keys_values(normed, by))
-        x_BLW = torch.addcmul(x_BLW, gate_a, self.attention(normed, keys_values, by, mask))
-        return torch.addcmul(x_BLW, gate_f, self.feedforward(modulated(x_BLW, shift_f, scale_f)))
+        own = self.attention.keys_values(normed, by)
+        x_BLW = torch.addcmul(x_BLW, gate_a, self.attention(normed, joined(prefix, own), by, mask))
+        return torch.addcmul(x_BLW, gate_f, self.feedforward(modulated(x_BLW, shift_f, scale_f))), own
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,181 @@
+"""Options of Cola DLM (arXiv:2605.06548) on frozen states of an autoregressive model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from dllm_core.errors import DllmError, did_you_mean
+from dllm_core.methods.cola.shapes import PROMPT_PER_RESPONSE, SHAPES, Shape, forward_flops, parameter_table
+from dllm_core.methods.requirements import (
+    AnchorNeed,
+    BaseShape,
+    Capabilities,
+    NetworkCost,
+    Requirements,
+    RoomOptions,
+)
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Options(RoomOptions):
+    """Options of `cola`.
+
+    Attributes:
+        shape: name of a set of sizes, or the sizes themselves; K, the latent width of a token, is one of them.
+        layer: hidden state of the frozen model that is encoded, counted from the end (-1 is after the final norm).
+        backbone: whose states; `ar` is the unconverted model, read causally. `repr_align` is refused (see
+            `requirements`).
+        block_size: tokens per block of the prior, from the start of a document.
+        vae_share: part of the budget for the autoencoder; the prior gets the rest.
+        settle: part of the autoencoder's phase, at its end, in which the encoder stands still: the decoder goes on,
+            and the statistics that standardise latents are taken.
+        beta: weight of the KL, a mean over dimensions, in nats.
+        masked_share: share of the rows that the masked view hides from the encoder.
+        masked_weight: weight of that view's cross-entropy; 0 leaves the view out.
+        token_fraction: share of a sequence's tokens in the token loss, drawn anew each step; an unbiased estimate.
+        start: `linear` starts the autoencoder from closed forms (reduced-rank regression); `random` from noise.
+        start_sequences: training sequences from which statistics and closed forms are computed.
+        start_log_variance: of the posterior at the start; latents start with variance 1.
+        time_location, time_scale: t = sigmoid(location + scale N(0, 1)), one per document; above 0 is more noise.
+        clean_prefix: share of the blocks of which a random beginning is known, as where a prompt ends inside a block.
+        prefix_drop: share of the blocks trained without what comes before, for classifier-free guidance.
+        joint: train the autoencoder on in the prior's phase.
+        vae_weight, flow_weight, reference_weight: of the joint stage: the autoencoder's loss, the flow loss, and the
+            KL of the posterior from that of the encoder as the first phase left it.
+        ema_decay: of the prior's averaged weights, which generate; warmed up.
+        guidance: scale g of classifier-free guidance against the empty prefix, v_u + g (v_c - v_u); 1 needs no second
+            pass.
+        block_steps: Euler steps of every block, whatever the request says; None spreads the requested steps over the
+            blocks of the response.
+        anchor_sequences: distinct training sequences that are presented, over and over; None: all of them.
+    """
+
+    shape: str | Shape = "laptop"
+    layer: int = Field(default=-3, le=-1)
+    backbone: Literal["ar", "repr_align"] = "ar"
+    block_size: PositiveInt = 16
+    vae_share: Annotated[float, Field(gt=0, lt=1)] = 0.4
+    settle: Share = 0.1
+    beta: NonNegativeFloat = 1e-3
+    masked_share: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    masked_weight: NonNegativeFloat = 1.0
+    token_fraction: Annotated[float, Field(gt=0, le=1)] = 0.25
+    start: Literal["linear", "random"] = "linear"
+    start_sequences: PositiveInt = 512
+    start_log_variance: float = -3.0
+    time_location: float = 1.0
+    time_scale: PositiveFloat = 1.0
+    clean_prefix: Share = 0.05
+    prefix_drop: Share = 0.1
+    joint: bool = False
+    vae_weight: NonNegativeFloat = 1.0
+    flow_weight: PositiveFloat = 1.0
+    reference_weight: NonNegativeFloat = 0.1
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    guidance: NonNegativeFloat = 2.0
+    block_steps: PositiveInt | None = None
+    anchor_sequences: PositiveInt | None = None
+
+    @property
+    def sizes(self) -> Shape:
+        """The sizes, looked up where a name was given.
+
+        Raises:
+            DllmError: unknown name.
+        """
+        if isinstance(self.shape, Shape):
+            return self.shape
+        if self.shape not in SHAPES:
+            raise DllmError(f"Unknown cola shape '{self.shape}'.", did_you_mean(self.shape, SHAPES))
+        return SHAPES[self.shape]
+
+    def layer_name(self, num_layers: int) -> str:
+        """Return the layer's name in the anchor store.
+
+        Raises:
+            DllmError: the model has no such layer.
+        """
+        index = num_layers + 1 + self.layer
+        if index < 0:
+            raise DllmError(
+                f"layer = {self.layer} does not exist in a model of {num_layers} blocks.",
+                f"Allowed: {-num_layers - 1} (embedding) to -1 (after the final norm).",
+            )
+        return "embed" if index == 0 else "final" if index == num_layers else str(index)
+
+    def requirements(self, num_layers: int) -> Requirements:
+        """Ask for one layer's states of prompts and responses, held-out sequences included.
+
+        Raises:
+            DllmError: unknown shape or layer, or `backbone: repr_align`, whose states nothing computes: anchors are
+                those of the base model, stored before any cell is trained, and no need can name a trained cell.
+        """
+        _ = self.sizes
+        if self.backbone != "ar":
+            raise DllmError(
+                "backbone: repr_align needs states of a trained cell, and anchors hold those of the base model alone.",
+                "Use backbone: ar. Missing: an anchor need that names a cell, and a step that caches it once trained.",
+            )
+        return Requirements(
+            anchors=AnchorNeed(
+                layers=(self.layer_name(num_layers),), positions="all", heldout=True, sequences=self.anchor_sequences
+            )
+        )
+
+    def capabilities(self) -> Capabilities:
+        """No masks and no bound on the likelihood; blocks stream, and their cache is exact."""
+        return Capabilities(diagnostics=True, latent=True, streaming=True, exact_cache=True)
+
+    def network(self, base: BaseShape) -> NetworkCost:
+        """Return parameters and training FLOPs; generating needs the language model besides, for the prompt."""
+        table = parameter_table(self.sizes, base)
+        return NetworkCost(
+            trainable=table,
+            frozen=base.hidden * base.vocab + (table["encoder"] if self.joint else 0),
+            flops_per_response_token=self.training_flops(base),
+        )
+
+    def training_flops(self, base: BaseShape) -> float:
+        """Return operations of an average step per response position, its share of prompt positions included."""
+        slots = 1.0 + PROMPT_PER_RESPONSE
+        settled, moving = (self.vae_flops(base, slots, moves=moves) for moves in (False, True))
+        first = self.settle * settled + (1.0 - self.settle) * moving
+        return self.vae_share * first + (1.0 - self.vae_share) * self.prior_flops(base, slots, slots, 1.0)
+
+    def vae_flops(self, base: BaseShape, slots: float, *, moves: bool, responses: float = 1.0) -> float:
+        """Return operations of the autoencoder's loss, forward and backward.
+
+        A backward costs two forwards, one where only the input's gradient is wanted (the frozen head).
+
+        Args:
+            base: the base model's shape.
+            slots: positions of documents, prompts included.
+            moves: the encoder is trained too.
+            responses: of them, response positions.
+        """
+        flops, views = forward_flops(self.sizes, base), 2.0 if self.masked_weight else 1.0
+        networks = views * slots * ((3.0 if moves else 1.0) * flops["encoder"] + 3.0 * flops["decoder"])
+        read_out = self.token_fraction + (self.masked_share if self.masked_weight else 0.0)
+        return networks + 2.0 * read_out * responses * flops["head"]
+
+    def prior_flops(
+        self, base: BaseShape, slots: float, clean: float, noisy: float, *, responses: float = 1.0
+    ) -> float:
+        """Return operations of a step of the second phase, forward and backward.
+
+        Args:
+            base: the base model's shape.
+            slots: positions of documents, prompts included.
+            clean, noisy: positions of the prior's halves.
+            responses: response positions.
+        """
+        flops: Mapping[str, float] = forward_flops(self.sizes, base)
+        prior = 3.0 * (clean * flops["clean"] + noisy * flops["noisy"])
+        if not self.joint:
+            return prior + slots * flops["encoder"]
+        reference = slots * flops["encoder"] if self.reference_weight else 0.0
+        return prior + reference + self.vae_flops(base, slots, moves=True, responses=responses)

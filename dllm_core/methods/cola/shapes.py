@@ -1,0 +1,128 @@
+"""Sizes of the networks, and what they cost. Imports no torch.
+
+D width of the base model's states, K latent dimension of a token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
+
+from dllm_core.layers import sizes
+from dllm_core.methods.requirements import BaseShape
+
+PROMPT_PER_RESPONSE = 0.25
+"""Prompt positions a response position that costs known before any data count on: 32 to 128, the common window."""
+
+
+class Shape(BaseModel):
+    """Widths and depths of the three networks.
+
+    Attributes:
+        latent_dim: K, of every token.
+        encoder_width, encoder_depth: causal transformer from states to mean and log-variance.
+        decoder_width, decoder_depth: causal transformer from latents to the rows that read tokens out.
+        prior_width, prior_depth: block-causal DiT.
+        head_width: of every attention head.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    latent_dim: PositiveInt
+    encoder_width: PositiveInt
+    encoder_depth: PositiveInt
+    decoder_width: PositiveInt
+    decoder_depth: PositiveInt
+    prior_width: PositiveInt
+    prior_depth: PositiveInt
+    head_width: PositiveInt = 64
+
+    @model_validator(mode="after")
+    def _widths_split_into_heads(self) -> Self:
+        for name in ("encoder_width", "decoder_width", "prior_width"):
+            width = getattr(self, name)
+            if width % (2 * self.heads(width)):
+                raise ValueError(
+                    f"{name} = {width} does not split into {self.heads(width)} heads of even width; "
+                    f"give a multiple of head_width = {self.head_width}"
+                )
+        return self
+
+    def heads(self, width: int) -> int:
+        """Return the attention heads of a network of that width."""
+        return max(1, width // self.head_width)
+
+    def of(self, network: str) -> tuple[int, int, int]:
+        """Return (width, depth, heads) of `encoder`, `decoder` or `prior`."""
+        width, depth = getattr(self, f"{network}_width"), getattr(self, f"{network}_depth")
+        return width, depth, self.heads(width)
+
+
+def _shape(latent: int, encoder: tuple[int, int], decoder: tuple[int, int], prior: tuple[int, int], head: int) -> Shape:
+    """Return a shape from (width, depth) pairs."""
+    return Shape(
+        latent_dim=latent,
+        encoder_width=encoder[0],
+        encoder_depth=encoder[1],
+        decoder_width=decoder[0],
+        decoder_depth=decoder[1],
+        prior_width=prior[0],
+        prior_depth=prior[1],
+        head_width=head,
+    )
+
+
+SHAPES: dict[str, Shape] = {
+    "smoke": _shape(16, (64, 1), (64, 1), (64, 2), 16),
+    "laptop": _shape(64, (384, 1), (384, 2), (384, 6), 64),
+    "qwen3_1_7b": _shape(64, (1024, 2), (1024, 4), (1024, 12), 64),
+    "paper": _shape(16, (1536, 4), (1536, 4), (2048, 24), 128),
+}
+"""`paper`: widths and depths of arXiv:2605.06548 over a base of its own; the others follow the base in size."""
+
+BASES: dict[str, BaseShape] = {
+    "smoke": BaseShape(hidden=128, layers=4, vocab=1024, parameters=1_000_000),
+    "laptop": BaseShape(hidden=576, layers=30, vocab=49_216, parameters=134_500_000),
+    "qwen3_1_7b": BaseShape(hidden=2048, layers=28, vocab=151_936, parameters=1_720_000_000),
+    "paper": BaseShape(hidden=1536, layers=24, vocab=100_352, parameters=1_000_000_000),
+}
+"""The base models that the named shapes were made for, for tables without weights."""
+
+
+def parameter_table(shape: Shape, base: BaseShape) -> dict[str, int]:
+    """Return module -> trained parameters; a test compares it with the modules."""
+    hidden, latent = base.hidden, shape.latent_dim
+    (enc, enc_depth, enc_heads), (dec, dec_depth, dec_heads), (pri, pri_depth, pri_heads) = map(
+        shape.of, ("encoder", "decoder", "prior")
+    )
+    return {
+        "encoder": (hidden + 1) * 2 * latent  # straight path
+        + hidden  # what stands for a masked row
+        + hidden * enc
+        + enc * 2 * latent
+        + sizes.transformer(enc, enc_depth, enc_heads),
+        "decoder": (latent + 1) * hidden
+        + latent * dec
+        + dec * hidden
+        + 1
+        + sizes.transformer(dec, dec_depth, dec_heads),
+        "prior": (latent + 1) * pri + (pri + 1) * latent + sizes.dit(pri, pri_depth, pri_heads),
+    }
+
+
+def forward_flops(shape: Shape, base: BaseShape) -> dict[str, float]:
+    """Return network -> operations of a forward pass per position: 2 per weight that a position meets.
+
+    `clean` is a position of the prior's clean half, of which the last block gives keys and values alone; `noisy` one of
+    its noisy half. Modulations are made once a row and not counted; neither are attention scores.
+    """
+    hidden, latent = base.hidden, shape.latent_dim
+    enc, dec, pri, depth = shape.encoder_width, shape.decoder_width, shape.prior_width, shape.prior_depth
+    return {
+        "encoder": 2.0 * (hidden * (2 * latent + enc) + 2 * enc * latent + 12 * enc * enc * shape.encoder_depth),
+        "decoder": 2.0 * (latent * (hidden + dec) + dec * hidden + 12 * dec * dec * shape.decoder_depth),
+        "head": 2.0 * hidden * base.vocab,
+        "clean": 2.0 * (latent * pri + 12 * pri * pri * (depth - 1) + 2 * pri * pri),
+        "noisy": 2.0 * (2 * latent * pri + 12 * pri * pri * depth),
+    }
