@@ -40,12 +40,15 @@ class Options(RoomOptions):
         start: `linear` starts the autoencoder from closed forms (reduced-rank regression); `random` from noise.
         start_sequences: training sequences from which statistics and closed forms are computed.
         start_log_variance: of the posterior at the start; latents start with variance 1.
-        time_location, time_scale: t = sigmoid(location + scale N(0, 1)), one per document; above 0 is more noise.
+        time_location: t = sigmoid(location + scale N(0, 1)), one per document; above 0 is more noise.
+        time_scale: of those times.
         clean_prefix: share of the blocks of which a random beginning is known, as where a prompt ends inside a block.
         prefix_drop: share of the blocks trained without what comes before, for classifier-free guidance.
         joint: train the autoencoder on in the prior's phase.
-        vae_weight, flow_weight, reference_weight: of the joint stage: the autoencoder's loss, the flow loss, and the
-            KL of the posterior from that of the encoder as the first phase left it.
+        vae_weight: of the autoencoder's loss in the joint stage.
+        flow_weight: of the flow loss.
+        reference_weight: in the joint stage, of the KL (a mean over dimensions) of the posterior from that of the
+            encoder as the first phase left it.
         ema_decay: of the prior's averaged weights, which generate; warmed up.
         guidance: scale g of classifier-free guidance against the empty prefix, v_u + g (v_c - v_u); 1 needs no second
             pass.
