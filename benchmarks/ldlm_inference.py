@@ -6,8 +6,8 @@
 
 From a base point (64 tokens, batch 1, 10 steps, 32 prompt tokens) one factor at a time is changed; every number is
 measured. A call begins with prompt ids in host memory and ends with token ids in host memory; it draws its noise on
-the device. Before a point is timed, both paths generate from the same noise and are compared. Shapes that an earlier
-run of the same commit on the same hardware finished are kept, so that a run stopped by --time-limit can be continued.
+the device. Before a point is timed, both paths generate from the same noise and are compared. Points that an earlier
+run of the same commit on the same hardware measured are kept, so that a run stopped by --time-limit can be continued.
 Needs torch, transformers (whose version is noted), pydantic and this library.
 """
 
@@ -202,38 +202,44 @@ def measure(bench: Bench, name: str, limits: dict[str, float]) -> dict[str, Any]
     return point
 
 
-def measure_shape(name: str, args: argparse.Namespace, deadline: float) -> dict[str, Any]:
-    """Measure every point of a shape that begins before the deadline."""
+def measure_shape(
+    name: str, args: argparse.Namespace, deadline: float, kept: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Measure every point of a shape that begins before the deadline and is not among the kept ones."""
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     limits = ceilings.measure(device, dtype, quick=args.quick)
     method = random_model(name, device, dtype, args.seed)
     sampler = FastSampler(method, compiled={"auto": None, "yes": True, "no": False}[args.compile])
-    found: dict[str, Any] = {
-        "parameters": sum(p.numel() for p in method.networks.parameters()),
-        "ceilings": limits,
-        "points": [],
-    }
+    done = {_place(point): point for point in kept}
     for point in points(args.quick):
-        if time.monotonic() > deadline:
-            found["points"].append({**point, "fast": _report.NOT_MEASURED, "eager": _report.NOT_MEASURED})
+        if _place(point) in done or time.monotonic() > deadline:
             continue
         work = Work(point["batch"], args.prompt_tokens, point["tokens"], point["steps"], args.solver)
         begun = time.perf_counter()
         try:
             bench = Bench(method, sampler, work, args)
             prepared = time.perf_counter() - begun
-            found["points"].append({**measure(bench, name, limits), "prepare_s": prepared})
+            found = {**measure(bench, name, limits), "prepare_s": prepared, "ceilings": limits}
         except torch.OutOfMemoryError:
-            found["points"].append({**point, "fast": NO_MEMORY, "eager": NO_MEMORY})
-        print(line(name, found["points"][-1]), file=sys.stderr, flush=True)
-    found["memory_gb"] = dict(zip(("now", "peak"), memory_gb(device), strict=True))
-    found["fast_path"] = {"compiled": sampler.compiled, "graphs": sampler.graphs, "notes": sampler.notes}
-    found["complete"] = all(point.get("fast") != _report.NOT_MEASURED for point in found["points"])
+            found = {**point, "fast": NO_MEMORY, "eager": NO_MEMORY}
+        done[_place(point)] = found
+        print(line(name, found), file=sys.stderr, flush=True)
+    not_yet = {"fast": _report.NOT_MEASURED, "eager": _report.NOT_MEASURED}
+    shape = {
+        "parameters": sum(p.numel() for p in method.networks.parameters()),
+        "points": [done.get(_place(point), {**point, **not_yet}) for point in points(args.quick)],
+        "memory_gb": dict(zip(("now", "peak"), memory_gb(device), strict=True)),
+        "fast_path": {"compiled": sampler.compiled, "graphs": sampler.graphs, "notes": sampler.notes},
+    }
     del method, sampler
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return found
+    return shape
+
+
+def _place(point: dict[str, Any]) -> tuple[int, ...]:
+    return tuple(point[name] for name in BASE_POINT)
 
 
 def line(name: str, point: dict[str, Any]) -> str:
@@ -268,7 +274,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def earlier(path: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """Return the finished shapes of a record on disk that would come out of the same run."""
+    """Return the shapes of a record on disk that comes from an earlier part of the same measurement."""
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -276,7 +282,12 @@ def earlier(path: Path, record: dict[str, Any]) -> dict[str, Any]:
     same = ("schema_version", "commit", "hardware", "versions", "settings", "seed")
     if record["dirty"] or old.get("dirty") or any(old.get(key) != record[key] for key in same):
         return {}
-    return {n: s for n, s in old.get("shapes", {}).items() if isinstance(s, dict) and s.get("complete")}
+    return {name: shape for name, shape in old.get("shapes", {}).items() if isinstance(shape, dict)}
+
+
+def measured(shape: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the points of a shape that need no further run."""
+    return [point for point in shape["points"] if point.get("fast") != _report.NOT_MEASURED]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -291,16 +302,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     record = _report.header("ldlm_inference", args.seed, settings)
     record |= {"weights": WEIGHTS_NOTE, "roofline": ceilings.DEFINITION}
     path = args.out or _report.RESULTS / f"ldlm_inference-{'gpu' if record['hardware']['gpu'] else 'cpu'}.json"
-    kept = earlier(path, record)
-    record["shapes"] = {n: kept.get(n, _report.NOT_MEASURED) for n in dict.fromkeys((*SHAPES, *wanted))}
+    old = earlier(path, record)
+    record["shapes"] = {n: old.get(n, _report.NOT_MEASURED) for n in dict.fromkeys((*SHAPES, *wanted))}
     for name in wanted:
-        if name not in kept and time.monotonic() < deadline:
-            record["shapes"][name] = measure_shape(name, args, deadline)
+        kept = measured(old[name]) if name in old else []
+        if len(kept) < len(points(args.quick)) and time.monotonic() < deadline:
+            record["shapes"][name] = measure_shape(name, args, deadline, kept)
             _report.write(record, path)
     print(table(record))
     print(json.dumps({"written": str(_report.write(record, path))}))
-    measured = [p for s in record["shapes"].values() if isinstance(s, dict) for p in s["points"]]
-    return 0 if all(p["check"]["passed"] for p in measured if "check" in p) else 1
+    checks = [p["check"] for s in record["shapes"].values() if isinstance(s, dict) for p in s["points"] if "check" in p]
+    return 0 if all(check["passed"] for check in checks) else 1
 
 
 if __name__ == "__main__":

@@ -63,12 +63,22 @@ def test_a_plan_generates_what_the_reference_does(solver: str, steps: int, guida
     assert torch.equal(fast_BL, tokens_BL)
 
 
+def moved_density(method: Method) -> None:
+    """Let the time density follow losses that rise late."""
+    before = method.times.grid(4)
+    method.times.refresh_every = 1
+    for _ in range(50):
+        t_B = torch.rand(512) * 0.98 + 0.01
+        method.times.observe(t_B, t_B**4)
+        method.times.end_step()
+    assert not torch.allclose(method.times.grid(4), before, atol=0.02)
+
+
 @pytest.mark.parametrize("head", ["frozen", "own"])
 @pytest.mark.parametrize("grid", ["u", "t"])
 def test_heads_and_grids(head: str, grid: str) -> None:
     method = model(shape=SHAPE.model_copy(update={"token_head": head, "prompt_depth": 0}), grid=grid)
-    method.times.observe(torch.rand(512) ** 3 * 0.98 + 0.01, torch.rand(512))
-    method.times.end_step()
+    moved_density(method)
     latents_BLK, tokens_BL, fast_BLK, fast_BL = both(method, job(method, 4, solver="sde"))
     assert error(fast_BLK, latents_BLK) < LATENT_TOLERANCE[torch.float32]
     assert torch.equal(fast_BL, tokens_BL)
@@ -132,6 +142,21 @@ def test_changed_weights_are_seen(name: str) -> None:
     after, expected = (method.generate(prompts(), config, path=path) for path in ("fast", "reference"))
     assert all(torch.equal(a, b) for a, b in zip(after.sequences, expected.sequences, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(after.sequences, before.sequences, strict=True))
+
+
+def test_a_changed_time_density_is_seen() -> None:
+    method = model(grid="u")
+    work, sampler = job(method, 4), fast.FastSampler(method)
+    both(method, work, sampler)
+    moved_density(method)
+    latents_BLK, _, fast_BLK, _ = both(method, work, sampler)
+    assert error(fast_BLK, latents_BLK) < LATENT_TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize(("solver", "draws"), [("ddim", 1), ("ddpm", 5), ("sde", 5)])
+def test_no_noise_is_drawn_in_vain(solver: Any, draws: int) -> None:
+    """The start and a draw a step, but for the last, whose prediction is the result."""
+    assert plans.Shape(1, 2, 3, 5, solver).num_noises == draws
 
 
 def test_old_plans_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:

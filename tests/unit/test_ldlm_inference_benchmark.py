@@ -37,8 +37,7 @@ def test_the_record_says_what_was_measured_and_on_what(record: dict[str, Any]) -
     for name in ldlm_inference.SHAPES:
         assert record["shapes"][name] == _report.NOT_MEASURED
     smoke = record["shapes"]["smoke"]
-    assert smoke["complete"]
-    assert smoke["ceilings"]["gb_per_s"] >= smoke["ceilings"]["copy_gb_per_s"] > 0
+    assert smoke["parameters"] > 0
     varied = [(p["tokens"], p["batch"], p["steps"]) for p in smoke["points"]]
     assert varied == [(64, 1, 10), (96, 1, 10), (64, 2, 10), (64, 1, 2)]
 
@@ -46,6 +45,7 @@ def test_the_record_says_what_was_measured_and_on_what(record: dict[str, Any]) -
 def test_every_number_follows_from_the_rounds(record: dict[str, Any]) -> None:
     for point in record["shapes"]["smoke"]["points"]:
         assert point["check"]["passed"]
+        assert point["ceilings"]["gb_per_s"] >= point["ceilings"]["copy_gb_per_s"] > 0
         assert point["check"]["latents_relative_difference"] < 5e-2
         assert point["fast_over_eager"]["rows"] == ["fast", "eager"]
         for row in (point["fast"], point["eager"]):
@@ -88,23 +88,36 @@ def test_percentiles_are_latencies_that_occurred() -> None:
 def test_a_run_that_ran_out_of_time_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "out.json"
     monkeypatch.setattr(_report, "commit", lambda: {"commit": "abc", "dirty": False})
-    measured: list[str] = []
+    monkeypatch.setattr(
+        ldlm_inference, "points", lambda quick: [{**ldlm_inference.BASE_POINT, "steps": n} for n in (1, 2)]
+    )
+    clock, taken = iter(range(1000)), list[tuple[str, int]]()
+    monkeypatch.setattr(ldlm_inference.time, "monotonic", lambda: next(clock))
 
-    def pretend(name: str, args: Any, deadline: float) -> dict[str, Any]:
-        measured.append(name)
-        return {"complete": name == "smoke", "points": []}
+    def pretend(bench: ldlm_inference.Bench, name: str, limits: Any) -> dict[str, Any]:
+        taken.append((name, bench.work.steps))
+        return {"tokens": 64, "batch": 1, "steps": bench.work.steps, "fast": {}, "check": {"passed": True}}
 
-    monkeypatch.setattr(ldlm_inference, "measure_shape", pretend)
-    command = ["--quick", "--shapes", "smoke,laptop", "--device", "cpu", "--out", str(path)]
-    ldlm_inference.main(command)
-    assert measured == ["smoke", "laptop"]
-    ldlm_inference.main(command)
-    assert measured == ["smoke", "laptop", "laptop"]
-    ldlm_inference.main([*command, "--seed", "1"])
-    assert measured[3:] == ["smoke", "laptop"]
-    ldlm_inference.main([*command, "--seed", "2", "--time-limit", "0"])
-    assert len(measured) == 5
-    assert json.loads(path.read_text())["shapes"]["smoke"] == _report.NOT_MEASURED
+    monkeypatch.setattr(ldlm_inference, "measure", pretend)
+    monkeypatch.setattr(ldlm_inference, "line", lambda name, point: "")
+
+    def steps_of(*more: str) -> list[int]:
+        taken.clear()
+        command = ["--quick", "--shapes", "smoke", "--device", "cpu", "--out", str(path), *more]
+        assert ldlm_inference.main(command) == 0
+        return [steps for _, steps in taken]
+
+    # the clock ticks at every look: at the start, before the shape, before each point
+    assert steps_of("--time-limit", "2") == [1]
+    assert [p["fast"] for p in json.loads(path.read_text())["shapes"]["smoke"]["points"]] == [{}, "not measured"]
+    assert steps_of() == [2]
+    assert steps_of() == []
+    assert [p["fast"] for p in json.loads(path.read_text())["shapes"]["smoke"]["points"]] == [{}, {}]
+    assert steps_of("--seed", "1") == [1, 2]
+    monkeypatch.setattr(_report, "commit", lambda: {"commit": "abd", "dirty": False})
+    assert steps_of("--seed", "1") == [1, 2]
+    monkeypatch.setattr(_report, "commit", lambda: {"commit": "abd", "dirty": True})
+    assert steps_of("--seed", "1") == [1, 2]
 
 
 def test_a_fast_path_that_differs_is_not_timed_and_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
