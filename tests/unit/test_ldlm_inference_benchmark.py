@@ -198,6 +198,17 @@ def test_operations_are_those_that_torch_counts(monkeypatch: pytest.MonkeyPatch,
         assert 0.85 * counted < counter.get_total_flops() < counted
 
 
+def test_activations_counted_by_hand() -> None:
+    found = {p.name: p.activations for p in latent_models.passes("smoke", Work(2, 8, 16, 3, "ddim"))}
+    # 32 rows; in and out: 2 x 32 -> 64 and 64 -> 32; a block's products 64 -> 192, 64 -> 64, 64 -> 256, 256 -> 64; and
+    # 16 queries and results, 24 keys and values a row of the batch
+    block = 32 * (256 + 128 + 320 + 320)
+    assert found["denoiser"] == 32 * (128 + 96) + 2 * (block + 2 * 64 * (2 * 16 + 2 * 24))
+    # 32 -> 64 and 96 -> 48; 32 keys and values, of which 16 are made of the input, 64 -> 128
+    assert found["latent decoder"] == 32 * (96 + 144) + block + 2 * 64 * (2 * 16 + 2 * 32) + 32 * 192
+    assert found["token head"] == 32 * (48 + 512)
+
+
 def test_the_floor_takes_the_slower_of_bytes_and_operations_pass_by_pass() -> None:
     work = [latent_models.Pass("a", 2, 3e12, 1e9, 0.0), latent_models.Pass("b", 1, 1e12, 4e9, 1e9)]
     found = ceilings.demand(work, 2, {"gb_per_s": 1.0, "tflop_per_s": 1.0})
