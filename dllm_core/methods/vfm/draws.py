@@ -73,7 +73,9 @@ def draw(
     adapter_B = coins_B3[:, 0] < options.adapter_fraction
     paired_B = (coins_B3[:, 2] < options.paired_fraction) & paired
     observes_B = adapter_B & (coins_B3[:, 1] < options.observe_fraction)
-    time_B = torch.where(paired_B, 1.0, times_of(u_B, options.time_at_one, options.time_power))
+    # t = 1 on data teaches marginals, on the sampler's tokens it teaches modes: in the second phase only the latter
+    at_one = 0.0 if paired else options.time_at_one
+    time_B = torch.where(paired_B, 1.0, times_of(u_B, at_one, options.time_power))
     return {
         "time_B": time_B,
         "noise_BLD": noise.normal(batch, "z", (batch.length, width)),

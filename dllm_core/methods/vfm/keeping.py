@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 WEIGHTS = "vfm.safetensors"
 LANGUAGE_MODEL = "language_model"
 FORMAT = "dllm_vfm 1"
-_BASE = "backbone."
+_ELSEWHERE = ("backbone.", "teacher.")
 
 M = TypeVar("M", bound="Method")
 
@@ -31,14 +31,14 @@ def _facts(method: Method) -> dict[str, str]:
         "format": FORMAT,
         "freeze_base": str(options.freeze_base),
         "prompt": options.prompt,
-        "reads": method.layer if options.reads_states else "embedding",
+        "reads": method.layer,
         "hidden_size": str(method.backbone.hidden_size),
     }
 
 
 def save(method: Method, directory: Path) -> None:
     """Write everything but the base model, and the frozen language model where generating needs a copy of it."""
-    tensors = {n: t.detach() for n, t in method.state_dict().items() if not n.startswith(_BASE)}
+    tensors = {n: t.detach() for n, t in method.state_dict().items() if not n.startswith(_ELSEWHERE)}
     kept = {n: t.to("cpu").contiguous().clone() for n, t in tensors.items()}
     save_file(kept, directory / WEIGHTS, metadata=_facts(method))
     source = method.language_model
@@ -76,7 +76,7 @@ def load(cls: type[M], directory: Path, options: Options, *, dtype: torch.dtype,
                 f"The VFM in '{directory}' was written with {name} = {found.get(name)}, but {value} was asked for.",
                 "Load it with its own options (cell.json) and its own base model, or train the cell again.",
             )
-    own = {n: t for n, t in method.state_dict().items() if not n.startswith(_BASE)}
+    own = {n: t for n, t in method.state_dict().items() if not n.startswith(_ELSEWHERE)}
     wrong = sorted(n for n in own.keys() | tensors.keys() if n not in own or n not in tensors)
     wrong += sorted(n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape)
     if wrong:

@@ -36,6 +36,7 @@ from dllm_core.methods.vfm.draws import draw
 from dllm_core.methods.vfm.flow_map import FlowMap
 from dllm_core.methods.vfm.options import Options
 from dllm_core.methods.vfm.prompts import embedded_prompts, moments, stored_states, visible_prompts
+from dllm_core.methods.vfm.teacher import Teacher
 from dllm_core.samplers.config import DiffusionGenerationConfig
 
 if TYPE_CHECKING:
@@ -60,7 +61,9 @@ class Method(SingleNetworkMethod):
     Attributes:
         adapter: q(z | prompt).
         flow: time conditioning and sampler of the map.
+        teacher: the map at the start of the paired phase; empty before.
         log_gate: log of the soft masks' gate (`freeze_base` alone).
+        layer: what the adapter reads of prompts: a layer of the frozen model, or "embedding".
         mean_D, std_D: of the states that the adapter reads.
     """
 
@@ -71,10 +74,11 @@ class Method(SingleNetworkMethod):
     def __init__(self, backbone: Backbone, options: Options, *, language_model: Path | None = None) -> None:
         super().__init__(backbone, options)
         hidden = backbone.hidden_size
-        self.layer = options.layer_name(backbone.num_layers)
+        self.layer = options.layer_name(backbone.num_layers) if options.reads_states else "embedding"
         self.causal = options.freeze_base and options.frozen_attention == "causal"
         self.adapter = Adapter(hidden, hidden, options.sizes, spread=not options.freeze_base)
         self.flow = FlowMap(hidden, timed=not options.freeze_base)
+        self.teacher = Teacher()
         table_VD = backbone.embedding_weight_VD.detach()[: backbone.contract.num_tokens]
         self.flow.scale.copy_(table_VD.float().square().mean().sqrt())
         self.register_buffer("mean_D", torch.zeros(hidden))
@@ -214,9 +218,15 @@ class Method(SingleNetworkMethod):
         """Draw times, noise and coins of the global batch; with a frozen base, the undecided tokens."""
         if self.options.freeze_base:
             return soft_masks.corrupt(batch, noise)
+        if info.phase == PAIRED and self.teacher.is_empty:
+            self.teacher.take(self.map_parameters().items())
         extras = draw(batch, info, noise, self.options, self.backbone.hidden_size, paired=info.phase == PAIRED)
         extras = {name: tensor.to(batch.input_ids_BL.device) for name, tensor in extras.items()}
         return Corrupted(batch, batch.input_ids_BL, batch.response_BL, extras)
+
+    def map_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters of the map f: the base model and the time embedding, not the adapter."""
+        return {n: p for n, p in self.named_parameters() if n.startswith(("backbone.", "flow."))}
 
     def totals(self, corrupted: Corrupted) -> dict[str, float]:
         """Return the denominators of the global means."""

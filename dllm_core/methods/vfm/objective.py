@@ -100,7 +100,7 @@ def prepare_inputs(method: Method, corrupted: Corrupted, resources: Resources) -
 
 @torch.no_grad()
 def roll_out(method: Method, inputs: Inputs, paired_B: Tensor) -> float:
-    """Replace the targets of paired rows by the most probable tokens of the K-step sampler from the same z.
+    """Replace the targets of paired rows by the most probable tokens of the teacher's K-step sampler from the same z.
 
     Returns:
         Operations spent.
@@ -113,7 +113,7 @@ def roll_out(method: Method, inputs: Inputs, paired_B: Tensor) -> float:
     of_S = paired_B[inputs.cut.row_S].nonzero(as_tuple=True)[0]
     hidden_BL = None if inputs.hidden_BL is None else inputs.hidden_BL[rows]
     steps, slots = method.options.rollout_steps, cut.real_SL.shape[1]
-    with method.measuring():
+    with method.measuring(), method.teacher.in_place_of(method.map_parameters()):
         rows_MD = method.flow.sample(
             method.backbone, batch, cut, inputs.z_SLD[of_S, :slots], steps, method.shift, hidden_BL
         )
@@ -159,9 +159,10 @@ def data_terms(
     flow = max(1.0, totals["sequences"] - totals["paired"]) / sequences
     parts: dict[str, Tensor | float] = {
         "ce_nats": weighed_M[~paired_M].sum() / flow,
-        "ce_one_pass_nats": weighed_M[one_M].sum() * sequences / max(1.0, totals["at_one"]),
         "accuracy": (weight_M * losses.correct_M)[~paired_M].sum() / flow,
     }
+    if totals["at_one"]:
+        parts["ce_one_pass_nats"] = weighed_M[one_M].sum() * sequences / totals["at_one"]
     if totals["paired"]:
         share = sequences / totals["paired"]
         parts["paired_nats"] = weighed_M[paired_M].sum() * share

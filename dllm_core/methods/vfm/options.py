@@ -53,9 +53,9 @@ class Options(RoomOptions):
         time_at_one: share of the samples at t = 1 exactly, where the one-pass sampler reads.
         time_power: the other times have density proportional to t^power.
         paired_share: part of the steps in the second phase; 0 leaves it out.
-        paired_fraction: share of the samples of the second phase that are trained on the sampler's own tokens; the
-            others stay on the flow, which keeps the sampler that is imitated in shape.
-        rollout_steps: K, passes of the sampler that is imitated.
+        paired_fraction: share of the samples of the second phase that are trained on the sampler's tokens; the others
+            stay on the flow at t < 1, which keeps several passes in shape.
+        rollout_steps: K, passes of the sampler that is imitated: that of the map as the first phase left it.
         statistics_sequences: training sequences over which the states' moments are taken.
         anchor_sequences: distinct training sequences that are presented, over and over; None: all of them.
     """
@@ -142,8 +142,10 @@ class Options(RoomOptions):
             "adapter": adapter_parameters(shape, hidden),
             "time embedding": time_parameters(hidden),
         }
-        frozen = base.parameters if self.reads_states else 0
-        return NetworkCost(trainable=trainable, frozen=frozen, flops_per_response_token=self.training_flops(base))
+        copies = int(self.reads_states) + int(self.paired_share > 0)  # the language model; the sampler to imitate
+        return NetworkCost(
+            trainable=trainable, frozen=copies * base.parameters, flops_per_response_token=self.training_flops(base)
+        )
 
     def training_flops(self, base: BaseShape) -> float:
         """Return operations of training per response token, averaged over the phases by their steps.
