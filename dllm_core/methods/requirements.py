@@ -126,7 +126,7 @@ class NetworkCost:
         trainable: module -> trained parameters, in the order of the table that `--dry-run` prints.
         frozen: parameters that are kept in memory besides and not trained.
         flops_per_response_token: operations of training, forward and backward of all parts, for a response token
-            that is presented once (prompts and extra passes included).
+            that is presented once, extra passes included; a room says what small part it leaves out.
     """
 
     trainable: Mapping[str, int]

@@ -111,7 +111,7 @@ def test_what_is_written_are_the_averages(converted, tmp_path):
     averages = method.ema.averages()
     for name, parameter in loaded.networks.named_parameters():
         assert torch.equal(parameter, averages[name]), name
-        assert torch.equal(loaded.ema.averages()[name], averages[name])
+    assert loaded.ema.averages() == {}, "a loaded cell holds its weights once"
     assert sum(not torch.equal(live[n], a) for n, a in averages.items()) > len(averages) // 2
     assert torch.equal(loaded.embedding_VD, method.embedding_VD)
     assert torch.equal(loaded.mean_D, method.mean_D)

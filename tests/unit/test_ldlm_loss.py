@@ -117,8 +117,11 @@ def test_the_loss_equals_a_naive_float64_one(layout, coins, own):
     corrupted, totals = corrupt(method, batch, seed=2)
     found, parts, _ = split_losses(method, corrupted, totals, [4], resources)
     wanted = naive_losses(method, batch, corrupted.extras, resources)
+    for name, total in (("decode_true_accuracy", "true_tokens"), ("reconstruction_noisy_accuracy", "decoded_tokens")):
+        assert (name in parts) == bool(totals[total]), "a share of nothing is not logged"
     for name, value in wanted.items():
-        assert parts[name] == pytest.approx(value, rel=2e-4, abs=1e-6), name
+        if name in parts or not name.endswith("_accuracy"):
+            assert parts[name] == pytest.approx(value, rel=2e-4, abs=1e-6), name
     tokens = method.options.token_weight * wanted["token_nats"]
     assert found == pytest.approx(wanted["diffusion_mse"] + wanted["state_mse"] + tokens, rel=2e-4)
 

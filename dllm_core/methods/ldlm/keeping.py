@@ -15,6 +15,7 @@ from dllm_core.backbone.contract import read_contract
 from dllm_core.errors import ContractError
 from dllm_core.methods.ldlm.base import Base
 from dllm_core.methods.ldlm.options import Options
+from dllm_core.training.ema import Ema
 
 if TYPE_CHECKING:
     from dllm_core.methods.ldlm.method import Method
@@ -99,9 +100,7 @@ def load(cls: type[M], directory: Path, options: Options, *, dtype: torch.dtype,
             f"The weights in '{directory}' lack {lacking[:3]} and have {list(unexpected)[:3]} besides.",
             "Load the cell with its own options, or train it again.",
         )
-    with torch.no_grad():
-        for name, average in method.ema.averages().items():  # what was written are the averages
-            average.copy_(method.networks.get_parameter(name))
+    method.ema = Ema({}, 0.0)  # what was written are the averages: no second copy of them
     statistics = method.mean_D, method.std_D
     method.to(device=device, dtype=dtype)
     # in bf16 the mean of a dimension far from zero would be off by a good part of its deviation

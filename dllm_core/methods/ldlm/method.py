@@ -48,6 +48,8 @@ from dllm_core.training.gradient_gate import encoder_gate
 if TYPE_CHECKING:
     from dllm_core.backbone.backbone import Backbone
 
+POOL = 100.0
+"""Samples that make the mean loss of a stretch of times trustworthy, where a run has so many."""
 REFRESH_STEPS = 1000
 """Steps between refreshes of the time density until the run's length is known."""
 _SEQUENCES_AT_ONCE = 16
@@ -170,6 +172,8 @@ class Method(MethodProtocol):
         """Draw times, noises and coins of the global batch; tokens stay as they are."""
         self.times.refresh_every = max(1, round(self.options.adaptive_refresh * info.total_steps))
         self.times.memory = self.times.refresh_every
+        # short runs see few samples between two refreshes: the density still rests on eight groups of them
+        self.times.pool = min(POOL, self.times.memory * info.batch_size / 8)
         extras = draw(batch, info, noise, self.options, self.times, self.networks.latent_dim)
         return Corrupted(batch, batch.input_ids_BL, batch.response_BL, extras)
 
@@ -193,12 +197,12 @@ class Method(MethodProtocol):
             "diffusion_mse": diffusion.detach(),
             "state_mse": states.detach(),
             "token_nats": found.tokens.total.detach(),
-            "decode_true_accuracy": (found.weight_M * found.correct_M)[found.true_M].sum()
-            / max(1.0, totals["true_tokens"]),
-            "reconstruction_noisy_accuracy": (found.weight_M * found.correct_M)[~found.true_M].sum()
-            / max(1.0, totals["decoded_tokens"]),
             "gate": inputs.gamma * len(corrupted.clean) / totals["samples"],
         }
+        read = (("decode_true", found.true_M, "true_tokens"), ("reconstruction_noisy", ~found.true_M, "decoded_tokens"))
+        for name, of_M, total in read:
+            if totals[total]:  # in a small batch every coin may fall the same way
+                parts[f"{name}_accuracy"] = (found.weight_M * found.correct_M)[of_M].sum() / totals[total]
         if self.options.consistency:
             gap = self._consistency(inputs, found, prefix).sum() / tokens
             loss = loss + self.options.consistency * gap
