@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 Rule = Literal["earlier", "same", "up_to"]
-"""earlier: keys of earlier blocks. same: keys of the query's own block. up_to: both; with positions for blocks it is the
-causal mask."""
+"""earlier: keys of earlier blocks. same: keys of the query's own block. up_to: both (of positions in place
+of blocks: the causal mask)."""
 
 
 def sees(query_BL: Tensor, key_BM: Tensor, rule: Rule, visible_BM: Tensor | None = None) -> Tensor:

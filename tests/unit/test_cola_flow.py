@@ -29,7 +29,9 @@ def test_times_are_logit_normal():
     assert bool(((edges > 0) & (edges < 1)).all())
 
 
-@pytest.mark.parametrize(("steps", "blocks", "wanted"), [(8, 3, [3, 3, 2]), (2, 4, [1] * 4), (4, 4, [1] * 4), (5, 1, [5])])
+@pytest.mark.parametrize(
+    ("steps", "blocks", "wanted"), [(8, 3, [3, 3, 2]), (2, 4, [1] * 4), (4, 4, [1] * 4), (5, 1, [5])]
+)
 def test_requested_steps_are_those_of_the_whole_response(steps, blocks, wanted):
     assert steps_of_blocks(steps, blocks) == wanted
     assert sum(wanted) == max(steps, blocks)
