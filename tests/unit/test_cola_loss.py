@@ -389,3 +389,14 @@ def test_the_linear_start_is_the_best_rank_k_map_to_head_rows():
     assert float((e - decoded).square().sum()) == pytest.approx(best, rel=0.02)
     found = F.normalize(decoded, dim=1)
     assert float((found * F.normalize(e, dim=1)).sum(1).mean()) > 0.3
+
+
+def test_a_start_that_knows_nothing_names_tokens_by_their_average_row():
+    method = tiny_cola(move=0.0)
+    data = random_sequences(16, 20, 3, 5)
+    method.prepare(data, range(16), random_anchors(data, method.layer))
+    counts = torch.bincount(data.input_ids_NL[:, 3:].flatten().long(), minlength=NUM_TOKENS).float()
+    wanted = counts @ method.head_VD / counts.sum()
+    decoder = method.networks.decoder
+    found = decoder(torch.zeros(1, 1, SHAPE.latent_dim))[0, 0] / decoder.log_scale.exp()
+    torch.testing.assert_close(found.detach(), wanted, rtol=1e-5, atol=1e-6)

@@ -139,6 +139,7 @@ class Model(Method):
         """Take the states' moments, and start the autoencoder from closed forms where the options say so."""
         chosen = list(samples)[: self.options.start_sequences]
         head_VD = self.head_VD.detach().float().cpu()
+        counts_V = torch.zeros(len(head_VD))
 
         def parts() -> Iterator[tuple[Tensor, Tensor]]:
             for first in range(0, len(chosen), _SEQUENCES_AT_ONCE):
@@ -147,22 +148,29 @@ class Model(Method):
                 states_STD = self.stored_states(batch, cut, resources)
                 yield states_STD[cut.response_ST].float().cpu(), cut.slots(batch.input_ids_BL)[cut.response_ST]
 
-        found = start.gather_statistics(parts(), head_VD)
+        def counted() -> Iterator[tuple[Tensor, Tensor]]:
+            for states_ND, ids_N in parts():
+                counts_V.add_(torch.bincount(ids_N.cpu(), minlength=len(counts_V)))
+                yield states_ND, ids_N
+
+        found = start.gather_statistics(counted(), head_VD)
         self.mean_D.copy_(found.mean_D)
         self.std_D.copy_(found.std_D)
         if self.options.start == "linear":
-            self._start_linear(found, next(parts()), head_VD)
+            self._start_linear(found, next(parts()), head_VD, counts_V @ head_VD / counts_V.sum())
 
     @torch.no_grad()
-    def _start_linear(self, found: start.Statistics, sample: tuple[Tensor, Tensor], head_VD: Tensor) -> None:
+    def _start_linear(
+        self, found: start.Statistics, sample: tuple[Tensor, Tensor], head_VD: Tensor, mean_row_D: Tensor
+    ) -> None:
         encoder, decoder = self.networks.encoder, self.networks.decoder
         latent = self.networks.latent_dim
         form = start.closed_form(found, latent, math.exp(self.options.start_log_variance))
         encoder.straight.weight[:latent].copy_(form.encoder_KD)
         decoder.straight.weight.copy_(form.decoder_DK)
-        decoder.straight.bias.zero_()
+        decoder.straight.bias.copy_(mean_row_D)  # with nothing else known: what tokens are on average
         states_ND = ((sample[0] - found.mean_D) / found.std_D).clamp(-start.STATE_LIMIT, start.STATE_LIMIT)
-        outputs_ND = states_ND @ form.encoder_KD.T @ form.decoder_DK.T
+        outputs_ND = states_ND @ form.encoder_KD.T @ form.decoder_DK.T + mean_row_D
         decoder.log_scale.fill_(start.best_log_scale(outputs_ND, sample[1], head_VD))
 
     @property
