@@ -71,6 +71,16 @@ def test_the_sampler_equals_a_plain_float64_one(source, passes, prompt):
     assert out.new_tokens == [6] * 4
 
 
+def test_every_family_runs(family):
+    method = tiny_vfm(move=0.1, backbone={"family": family}).eval()
+    out = method.generate(PROMPTS, _config(2, seed=3))
+    for row, ids in enumerate(PROMPTS):
+        assert out.sequences[row].tolist() == [
+            *ids.tolist(),
+            *naive_tokens(method, ids, 2, _eps(3, row), "adapter").tolist(),
+        ]
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("options", [{}, {"prompt": "hidden"}, {"freeze_base": True}])
 def test_a_batch_equals_its_rows_one_at_a_time(temperature, options):
@@ -314,6 +324,7 @@ def test_a_loaded_cell_generates_the_same(options, base_dir, tmp_path):
     assert loaded.teacher.is_empty
     assert loaded.num_new_parameters() == method.num_new_parameters()
     half = load_cell(tmp_path / "cell", dtype=torch.bfloat16)
+    assert half.mean_D.dtype == half.std_D.dtype == torch.float32
     assert half.generate(PROMPTS, _config(2)).new_tokens == [6] * 4
 
 

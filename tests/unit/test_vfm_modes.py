@@ -73,7 +73,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         )
 
     options = {
-        "backbone": {"layers": 2},
+        "backbone": {"layers": 2, "seed": 1},
+        "seed": 1,
         "move": 0.0,
         "adapter_fraction": 0.0,
         "paired_share": PAIRED_STEPS / steps,
@@ -91,16 +92,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 def test_the_first_phase_alone_mixes_the_modes_in_one_pass(trained):
     assert [row["phase"] for row in trained.rows] == ["flow"] * FLOW_STEPS + ["paired"] * PAIRED_STEPS
-    assert sum(trained.first[1]) < 0.4  # coins give 0.125
+    assert sum(trained.first[1]) < 0.35  # coins give 0.125
     assert sum(trained.first[8]) > 0.75
     assert min(trained.first[8]) > 0.1
 
 
 def test_the_second_phase_makes_whole_modes_in_one_pass(trained):
     once = whole_modes(trained.method, 1, source="normal")
-    assert sum(once) > 0.6
+    assert sum(once) > 0.55
     assert sum(once) > sum(trained.first[1]) + 0.3
-    assert min(once) > 0.04  # and no mode was dropped
+    assert min(once) > 0.1  # and no mode was dropped
     assert sum(whole_modes(trained.method, 4, source="normal")) > 0.75  # several passes stay in shape
 
 
@@ -115,4 +116,4 @@ def test_the_noise_says_which_mode_it_is(trained):
     shuffled = texts(method, 1, sample_ids=[SAMPLES - 1 - i for i in range(SAMPLES)], **greedy)
     assert torch.equal(shuffled, one.flip(0))
     changed = float((shuffled != one).any(1).double().mean())
-    assert changed > 0.1
+    assert changed > 0.25

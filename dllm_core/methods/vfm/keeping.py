@@ -86,4 +86,7 @@ def load(cls: type[M], directory: Path, options: Options, *, dtype: torch.dtype,
         )
     method.load_state_dict(tensors, strict=False)
     method.directory = directory
-    return method.to(device=device, dtype=dtype).eval()
+    method.to(device=device, dtype=dtype)
+    # bf16 would put a state's mean off by whole standard deviations where the two are far apart
+    method.mean_D, method.std_D = (tensors[name].float().to(device) for name in ("mean_D", "std_D"))
+    return method.eval()
