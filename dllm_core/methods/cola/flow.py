@@ -22,6 +22,11 @@ def logit_normal(u_S: Tensor, location: float, scale: float) -> Tensor:
     return torch.sigmoid(location + scale * torch.special.ndtri(u_S.double().clamp(_EDGE, 1 - _EDGE)))
 
 
+def linear_slope(t: Tensor) -> Tensor:
+    """Return a of the best linear guess a z_t of the velocity, for latents of mean 0 and variance 1."""
+    return (2.0 * t - 1.0) / ((1.0 - t).square() + t.square())
+
+
 def guided(conditional: Velocity, unconditional: Velocity, scale: float) -> Velocity:
     """Return v_u + scale (v_c - v_u); the conditional one itself at scale 1."""
     if scale == 1.0:

@@ -68,7 +68,13 @@ class Model(Method):
         self.base = base
         hidden, vocab, latent = base.hidden, base.contract.num_tokens, options.sizes.latent_dim
         self.layer = options.layer_name(base.num_layers)
-        self.networks = ColaNetworks(options.sizes, hidden, options.block_size, options.start_log_variance)
+        self.networks = ColaNetworks(
+            options.sizes,
+            hidden,
+            options.block_size,
+            options.start_log_variance,
+            linear=options.start == "linear",
+        )
         table_VD = torch.zeros(vocab, hidden) if base.embedding_VD is None else F.normalize(base.embedding_VD, dim=1)
         self.head_VD = nn.Parameter(table_VD, requires_grad=False)
         for name, value in (("mean_D", torch.zeros(hidden)), ("std_D", torch.ones(hidden))):

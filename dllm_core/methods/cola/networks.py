@@ -17,6 +17,7 @@ from dllm_core.layers.attention import KeysValues, joined, rotation
 from dllm_core.layers.block_mask import attention_mask, sees
 from dllm_core.layers.dit import DiT, modulated
 from dllm_core.layers.transformer import Transformer
+from dllm_core.methods.cola.flow import linear_slope
 from dllm_core.methods.cola.shapes import Shape
 
 MASK_STD = 0.02
@@ -170,11 +171,15 @@ class Prior(nn.Module):
         latent: K.
         width, depth, num_heads: of the DiT.
         block_size: tokens per block.
+        linear: predict what the best linear guess from the noisy latent alone leaves (`linear_slope`), so that the
+            network starts from that guess; False predicts the velocity itself, from 0.
     """
 
-    def __init__(self, latent: int, width: int, depth: int, num_heads: int, block_size: int) -> None:
+    def __init__(
+        self, latent: int, width: int, depth: int, num_heads: int, block_size: int, *, linear: bool = True
+    ) -> None:
         super().__init__()
-        self.block_size = block_size
+        self.block_size, self.linear = block_size, linear
         self.to_width = nn.Linear(latent, width)
         self.dit = DiT(width, depth, num_heads)
         self.out = _zero(nn.Linear(width, latent))
@@ -250,7 +255,10 @@ class Prior(nn.Module):
             x_SNW = block(x_SNW, modulation, by, earlier, mask)
         shift, scale = at(times.final, None if clean is None else clean.final).chunk(2, dim=-1)
         found: Tensor = self.out(modulated(x_SNW, shift, scale))
-        return found
+        if not self.linear:
+            return found
+        slope_SN1 = at(linear_slope(t_S)[:, None, None], linear_slope(torch.zeros_like(t_S))[:, None, None])
+        return found + slope_SN1.to(x_SNK.dtype) * x_SNK
 
 
 class ColaNetworks(nn.Module):
@@ -261,11 +269,14 @@ class ColaNetworks(nn.Module):
         hidden: D.
         block_size: tokens per block of the prior.
         log_variance: of the posterior at the start.
+        linear: of the prior.
     """
 
-    def __init__(self, shape: Shape, hidden: int, block_size: int, log_variance: float = -3.0) -> None:
+    def __init__(
+        self, shape: Shape, hidden: int, block_size: int, log_variance: float = -3.0, *, linear: bool = True
+    ) -> None:
         super().__init__()
         self.latent_dim = shape.latent_dim
         self.encoder = Encoder(hidden, shape.latent_dim, *shape.of("encoder"), log_variance)
         self.decoder = Decoder(shape.latent_dim, hidden, *shape.of("decoder"))
-        self.prior = Prior(shape.latent_dim, *shape.of("prior"), block_size)
+        self.prior = Prior(shape.latent_dim, *shape.of("prior"), block_size, linear=linear)

@@ -37,7 +37,8 @@ class Options(RoomOptions):
         masked_share: share of the rows that the masked view hides from the encoder.
         masked_weight: weight of that view's cross-entropy; 0 leaves the view out.
         token_fraction: share of a sequence's tokens in the token loss, drawn anew each step; an unbiased estimate.
-        start: `linear` starts the autoencoder from closed forms (reduced-rank regression); `random` from noise.
+        start: `linear` starts the autoencoder from closed forms (reduced-rank regression) and the prior from the best
+            linear guess, which it corrects; `random` starts from noise and from 0.
         start_sequences: training sequences from which statistics and closed forms are computed.
         start_log_variance: of the posterior at the start; latents start with variance 1.
         time_location: t = sigmoid(location + scale N(0, 1)), one per document; above 0 is more noise.
