@@ -99,6 +99,8 @@ def build(
         hardware: description of the machine.
         versions: library versions.
     """
+    runs_dir = Path(ctx.runs_dir)
+    model, data = (below(runs_dir, told) for told in (model, data))
     results = assemble(spec, rows, bench, run_id=ctx.run_id, model=model, data=data, command=command)
     results = results.model_copy(update={"hardware": hardware or {}, "versions": versions or {}})
     directory = Path(ctx.runs_dir) / "reports" / ctx.run_id
@@ -124,6 +126,12 @@ def build(
         figures={k: str(v) for k, v in drawn.items()},
         lines=lines,
     )
+
+
+def below(runs_dir: Path, told: dict[str, Any]) -> dict[str, Any]:
+    """Return facts with paths below the runs directory made relative to it: a report is passed on, a machine is not."""
+    prefix = f"{runs_dir}/"
+    return {k: v.removeprefix(prefix) if isinstance(v, str) else v for k, v in told.items()}
 
 
 def assemble(

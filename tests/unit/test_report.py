@@ -156,3 +156,8 @@ def test_readme_has_the_markers_once() -> None:
     assert "new numbers" in rewrite(readme, "new numbers")
     with pytest.raises(ValueError, match="exactly once"):
         rewrite("no markers", "x")
+
+
+def test_a_report_names_no_directory_of_this_machine(tmp_path: Path) -> None:
+    told = {"path": f"{tmp_path}/cache/model/1/payload", "source": "embedded:x", "num": 3, "other": "elsewhere/cache"}
+    assert below(tmp_path, told) == {**told, "path": "cache/model/1/payload"}
