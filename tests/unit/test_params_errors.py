@@ -117,7 +117,7 @@ def test_set_that_cannot_be_read() -> None:
 def test_keys_of_cells() -> None:
     assert refused(overrides="cells.repr_aling_4.options.weight=1") == [
         "Unknown key 'cells.repr_aling_4.options.weight' (from --set): 'repr_aling_4' is no cell of this grid.",
-        f"Did you mean 'repr_align_4'? Known: {CELLS}.",
+        f"Did you mean 'repr_align_4'? Known: {', '.join(sorted(c.name for c in params.load().cells))}.",
     ]
     for key in ("cells.ar.option.tuned", "cells.ar.options", "cells.ar.method"):
         assert refused(overrides=f"{key}=1") == [

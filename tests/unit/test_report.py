@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from steps.report.build import below
 from steps.report.compare import PerSequence, SeedSummary, paired_difference, ranking
 from steps.report.publish import publish, rewrite
 from steps.report.schema import Results
