@@ -37,10 +37,12 @@ def test_every_row_is_trained_measured_and_reported(grid: Path) -> None:
     assert all(c.status == "ok" and c.bench and c.eval for c in found.cells)
     for cell in found.cells:
         assert cell.eval is not None
-        is_ar = cell.method == "ar"
+        is_ar, is_latent = cell.method == "ar", cell.method == "ldlm"
+        has_bound = not (is_ar or is_latent)
         assert (cell.eval.exact_nats_per_token is not None) == is_ar
-        assert (cell.eval.nelbo_nats_per_token is not None) != is_ar
-        assert (cell.eval.block_nelbo_nats_per_token is not None) != is_ar
+        assert (cell.eval.nelbo_nats_per_token is not None) == has_bound
+        assert (cell.eval.block_nelbo_nats_per_token is not None) == has_bound
+        assert ("reconstruction_accuracy" in (cell.eval.diagnostics or {})) == is_latent
         assert cell.trained == (cell.row_id != "ar")
     assert not found.ranked
     tokens = {c.cost.response_tokens for c in found.cells if c.cost}
