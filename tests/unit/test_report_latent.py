@@ -220,7 +220,7 @@ def test_a_report_of_latent_rows_alone_can_be_published(report: Any, tmp_path: P
 
 
 def test_reports_of_the_first_schema_still_load() -> None:
-    stored = ROOT / "benchmarks" / "results" / "grid-laptop-2026-11-21.json"
+    stored = ROOT / "benchmarks" / "results" / "grid-laptop-equal-tokens-2026-11-21.json"
     results = Results.model_validate_json(stored.read_text())
     assert results.schema_version == "1.0"
     assert headline(results)
