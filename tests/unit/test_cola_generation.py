@@ -179,7 +179,7 @@ def test_noise_is_keyed_by_seed_and_sample():
     method = tiny_cola().eval()
     pair = [PROMPTS[0], PROMPTS[0]]
     same = _run(method, pair, _config(), ids=[3, 3]).latents_BTK
-    assert torch.equal(same[0], same[1])
+    torch.testing.assert_close(same[0], same[1])  # rows of one product may be summed in another order
     other = _run(method, pair, _config(), ids=[3, 4]).latents_BTK
     assert not torch.equal(other[0], other[1])
     torch.testing.assert_close(other[0], same[0])

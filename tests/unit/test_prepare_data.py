@@ -91,7 +91,8 @@ def make_spec(text_dir: Path | str, cells: list[str] | None = None, **overrides:
         "bench.prompt_tokens": "8",
         "train.dtype": "fp32",
         "train.batch_size": "4",
-        "budget.value": "320",  # tokens: 5 steps of 4 x 16
+        "budget.kind": "tokens",
+        "budget.value": "320",  # 5 steps of 4 x 16
         "runtime.device": "cpu",
         **overrides,
     }
