@@ -257,6 +257,7 @@ def test_two_seeds_need_the_sequences_of_both(
     text_dir: Path, model: ModelArtifact, context: Callable[..., Context]
 ) -> None:
     overrides = {"train.batch_size": "4", "data.prompt_tokens": "8", "data.response_tokens": "32"}
+    overrides |= {"budget.kind": "tokens", "budget.value": "320"}
     spec = params.load(
         "laptop", cells=["random_mask", "repr_align_4"], overrides=overrides, seeds=[0, 1], data=str(text_dir)
     )
