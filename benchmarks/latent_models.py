@@ -12,7 +12,7 @@ import torch
 
 from dllm_core.backbone.contract import Contract
 from dllm_core.corruption.adaptive_time import AdaptiveTimes
-from dllm_core.methods.ldlm.base import Base
+from dllm_core.methods.frozen_base import Base
 from dllm_core.methods.ldlm.method import Method
 from dllm_core.methods.ldlm.options import Options
 from dllm_core.methods.ldlm.plans import Shape as Work

@@ -36,7 +36,7 @@ def tiny_cola(*, move: float = 0.1, seed: int = 0, shape: Shape = SHAPE, in_memo
     torch.manual_seed(seed)
     method = Method(backbone, Options(shape=shape, **{"block_size": 4, **options}))
     if not in_memory:
-        method._language_model = ()
+        method.prompt_reader.model = None
     return moved(method, move)
 
 
@@ -50,7 +50,7 @@ def moved(method: Method, size: float) -> Method:
         method.std_D.uniform_(0.5, 2.0)
         method.latent_mean_K.normal_()
         method.latent_std_K.uniform_(0.5, 2.0)
-        for name, average in method.average.averages().items():
+        for name, average in method.ema.averages().items():
             average.copy_(method.networks.prior.get_parameter(name))
     return method
 

@@ -16,7 +16,7 @@ from dllm_core.data.anchor_extraction import extract
 from dllm_core.data.anchors import AnchorStore
 from dllm_core.data.batch import Batch
 from dllm_core.data.sequences import SequenceSet
-from dllm_core.methods.ldlm.base import Base
+from dllm_core.methods.frozen_base import Base
 from dllm_core.methods.ldlm.method import Method
 from dllm_core.methods.ldlm.networks import LatentMap, LatentNetworks
 from dllm_core.methods.ldlm.options import Options

@@ -1,4 +1,4 @@
-"""Layer sets by rule. Torch-free, since options and dry runs resolve them."""
+"""Layers by rule: sets of them, and one counted from the end. Torch-free, since options and dry runs resolve them."""
 
 from __future__ import annotations
 
@@ -40,5 +40,23 @@ def layer_names(rule: LayerRule, num_layers: int) -> tuple[str, ...]:
 
     The last block is the post-norm tensor in every set, so that two sets differ in nothing but their members.
     """
-    edge = {0: "embed", num_layers: "final"}
-    return tuple(edge.get(layer, str(layer)) for layer in layer_indices(rule, num_layers))
+    return tuple(_name(layer, num_layers) for layer in layer_indices(rule, num_layers))
+
+
+def layer_from_end(layer: int, num_layers: int) -> str:
+    """Return the name of a hidden state counted from the end: -1 is "final", -num_layers - 1 "embed".
+
+    Raises:
+        DllmError: the model has no such layer.
+    """
+    index = num_layers + 1 + layer
+    if not 0 <= index <= num_layers:
+        raise DllmError(
+            f"layer = {layer} does not exist in a model of {num_layers} blocks.",
+            f"Allowed: {-num_layers - 1} (embedding) to -1 (after the final norm).",
+        )
+    return _name(index, num_layers)
+
+
+def _name(index: int, num_layers: int) -> str:
+    return {0: "embed", num_layers: "final"}.get(index, str(index))

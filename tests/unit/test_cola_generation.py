@@ -260,7 +260,7 @@ def test_the_averaged_prior_generates_and_the_live_one_comes_back(mode):
     with torch.no_grad():
         for parameter in method.networks.prior.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
-    method.average.num_updates += 1
+    method.ema.num_updates += 1
     live = {n: p.clone() for n, p in method.networks.named_parameters()}
     found = method.generate(PROMPTS, _config()).sequences
     for row, sequence in enumerate(found):

@@ -60,7 +60,7 @@ def test_a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit(tmp_path, dtype,
     whole = trainer(tmp_path / "whole", dtype, joint=joint)
     result = whole.run()
     wanted = {n: v.clone() for n, v in whole.method.state_dict().items()}
-    assert int(wanted["average.num_updates"]) == STEPS - FIRST
+    assert int(wanted["ema.num_updates"]) == STEPS - FIRST
     assert float(wanted["gathered_count"]) == 2 * 4 * 11
     assert not torch.equal(wanted["latent_std_K"], torch.ones(6))
     for stop in stops:
@@ -120,7 +120,7 @@ def test_a_saved_cell_generates_the_same_from_prompts_it_reads_with_its_own_lang
     wanted, found = (m.generate(PROMPTS, config).sequences for m in (method, loaded))
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     assert loaded.language_model is not None
-    for name, average in method.average.averages().items():
+    for name, average in method.ema.averages().items():
         assert torch.equal(loaded.networks.prior.get_parameter(name).detach(), average), name
     assert torch.equal(loaded.latent_std_K, method.latent_std_K)
     assert read_contract(directory).num_tokens == NUM_TOKENS

@@ -354,7 +354,7 @@ def test_what_is_read_of_a_real_store_is_what_was_asked_for(tmp_path):
     assert len(found["kl_of_dimension"]) == SHAPE.latent_dim
     assert found["kl_nats_per_token"] == pytest.approx(sum(found["kl_of_dimension"]))
     cut = spans_of(data.batch_of(range(4)))
-    states = method.stored_states(data.batch_of(range(4)), cut, resources)
+    states = method.stored_states(data.batch_of(range(4)), cut.row_S, cut.position_ST, resources)
     real = cut.response_ST
     torch.testing.assert_close(method.mean_D, states[real].mean(0), rtol=1e-4, atol=1e-5)
 

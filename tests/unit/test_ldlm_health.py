@@ -13,7 +13,7 @@ from dllm_core.corruption.gaussian import TanSchedule
 from dllm_core.corruption.noise import NoiseSource
 from dllm_core.methods.ldlm import consistency, health, objective
 from dllm_core.methods.ldlm.method import Method
-from dllm_core.methods.ldlm.segments import segments_of
+from dllm_core.methods.segments import segments_of
 from tests import ldlm_tools
 from tests.ldlm_tools import LAYOUTS, documents, random_anchors, tiny_ldlm
 from tests.method_tools import corrupt, split_losses, step_info

@@ -18,11 +18,11 @@ from dllm_core.corruption.noise import NoiseSource
 from dllm_core.data.order import SampleOrder
 from dllm_core.errors import ContractError, DllmError
 from dllm_core.methods.cell import save_cell
-from dllm_core.methods.ldlm.base import Base
+from dllm_core.methods.frozen_base import Base
 from dllm_core.methods.ldlm.method import Method
 from dllm_core.methods.ldlm.options import Options
-from dllm_core.methods.ldlm.segments import segments_of
 from dllm_core.methods.protocol import Resources
+from dllm_core.methods.segments import segments_of
 from dllm_core.training.loop import Trainer
 from dllm_core.training.settings import TrainSettings
 from tests.ldlm_tools import LAYERS, SHAPE, extracted_anchors, moved

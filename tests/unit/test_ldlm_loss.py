@@ -8,8 +8,8 @@ import torch
 from dllm_core.corruption.noise import NoiseSource
 from dllm_core.data.anchors import AnchorStore
 from dllm_core.methods.ldlm import objective
-from dllm_core.methods.ldlm.segments import segments_of
 from dllm_core.methods.protocol import Corrupted
+from dllm_core.methods.segments import segments_of
 from dllm_core.training.gradient_gate import encoder_gate
 from tests.ldlm_tools import (
     LAYOUTS,

@@ -13,6 +13,7 @@ from torch import Tensor
 from dllm_core.corruption.adaptive_time import AdaptiveTimes
 from dllm_core.corruption.noise import NoiseSource
 from dllm_core.data.batch import Batch
+from dllm_core.methods import closed_forms
 from dllm_core.methods.ldlm import start
 from dllm_core.methods.ldlm.draws import TIME_MIN, draw, weight_totals
 from dllm_core.methods.ldlm.options import Options
@@ -35,11 +36,11 @@ def _data(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return states_ND * torch.logspace(-2, 2, D) + 3.0, ids_N, head_VD
 
 
-def _found(parts: int = 3) -> tuple[start.Statistics, Tensor, Tensor, Tensor]:
+def _found(parts: int = 3) -> tuple[closed_forms.Statistics, Tensor, Tensor, Tensor]:
     states_ND, ids_N, head_VD = _data()
     cuts = np.linspace(0, N, parts + 1).astype(int)
     pieces = [(states_ND[a:b], ids_N[a:b]) for a, b in pairwise(cuts)]
-    found = start.gather_statistics(iter(pieces), head_VD)
+    found = closed_forms.gather_statistics(iter(pieces), head_VD)
     standard_ND = (states_ND.double() - states_ND.double().mean(0)) / states_ND.double().std(0, correction=0)
     return found, standard_ND, ids_N, head_VD
 
@@ -62,12 +63,12 @@ def test_moments_are_those_of_numpy_however_the_data_are_cut():
 def test_a_dimension_that_never_varies_stays_as_it_is():
     states_ND, ids_N, head_VD = _data()
     states_ND[:, 2] = 7.0
-    found = start.gather_statistics([(states_ND, ids_N)], head_VD)
+    found = closed_forms.gather_statistics([(states_ND, ids_N)], head_VD)
     assert found.std_D[2] == 1.0
     assert found.mean_D[2] == 7.0
     assert found.covariance_DD.isfinite().all()
     with pytest.raises(ValueError, match="1 tokens"):
-        start.gather_statistics([(states_ND[:1], ids_N[:1])], head_VD)
+        closed_forms.gather_statistics([(states_ND[:1], ids_N[:1])], head_VD)
 
 
 @pytest.mark.parametrize("latent", [2, 4, D, D + 3])
@@ -111,10 +112,10 @@ def test_the_map_to_the_head_is_the_ridge_regression():
     """Least squares with an intercept, and rows that pull every weight to zero."""
     found, standard_ND, ids_N, head_VD = _found()
     rows = head_VD.double()[ids_N].numpy()
-    pull = np.c_[math.sqrt(start.RIDGE * N) * np.eye(D), np.zeros(D)]
+    pull = np.c_[math.sqrt(closed_forms.RIDGE * N) * np.eye(D), np.zeros(D)]
     design = np.r_[np.c_[standard_ND.numpy(), np.ones(N)], pull]
     fitted, *_ = np.linalg.lstsq(design, np.r_[rows, np.zeros((D, D))], rcond=None)
-    np.testing.assert_allclose(start.head_map(found), fitted[:-1].T, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(closed_forms.head_map(found), fitted[:-1].T, rtol=1e-4, atol=1e-5)
 
 
 def test_the_scale_is_the_best_of_those_tried():
@@ -125,9 +126,9 @@ def test_the_scale_is_the_best_of_those_tried():
     def nats(scale: float) -> float:
         return float(-(scale * scores).log_softmax(1)[torch.arange(N), ids_N].mean())
 
-    found = math.exp(start.best_log_scale(outputs_ND, ids_N, head_VD))
-    assert found == pytest.approx(min(start.SCALES, key=nats))
-    assert found not in (start.SCALES[-1],)
+    found = math.exp(closed_forms.best_log_scale(outputs_ND, ids_N, head_VD))
+    assert found == pytest.approx(min(closed_forms.SCALES, key=nats))
+    assert found not in (closed_forms.SCALES[-1],)
 
 
 # -- the method's own start -----------------------------------------------------------------------------------------
@@ -203,14 +204,14 @@ def test_the_linear_start_is_the_closed_forms_and_nothing_else():
     h_LD = (stored_LD - method.mean_D) / method.std_D
     rows = [resources.anchors.states[data.keys[n]][method.layer][4:] for n in range(48)]
     ids_N = torch.cat([data.input_ids_NL[n, 4:].long() for n in range(48)])
-    found = start.gather_statistics([(torch.cat(rows), ids_N)], method.head_VD.detach())
+    found = closed_forms.gather_statistics([(torch.cat(rows), ids_N)], method.head_VD.detach())
     map_KD = start.principal_map(found, 12)
     z_LK = h_LD @ map_KD.T
     torch.testing.assert_close(method.networks.encode(h_LD[None])[0], z_LK, rtol=1e-4, atol=1e-5)
     decoder_DK = start.best_decoder(found, map_KD, method.decoder_noise)
     torch.testing.assert_close(method.networks.latent_decoder(z_LK[None])[0], z_LK @ decoder_DK.T, rtol=1e-4, atol=1e-5)
     scale = method.networks.token_decoder.log_scale.exp()
-    rows_LD = scale * h_LD @ start.head_map(found).T
+    rows_LD = scale * h_LD @ closed_forms.head_map(found).T
     torch.testing.assert_close(method.networks.token_decoder(h_LD[None])[0], rows_LD, rtol=1e-4, atol=1e-4)
 
 

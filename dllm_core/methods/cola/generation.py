@@ -13,49 +13,31 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from dllm_core.corruption.noise import NoiseSource
 from dllm_core.errors import DllmError
-from dllm_core.kernels import token_stats
 from dllm_core.methods.cola.flow import euler, guided, steps_of_blocks, time_grid
 from dllm_core.methods.cola.networks import Cache
+from dllm_core.methods.latent_generation import Request, read_tokens, request_of
 from dllm_core.methods.protocol import GenerationOutput
 from dllm_core.samplers.config import DiffusionGenerationConfig
-from dllm_core.samplers.denoise import draw_tokens
 from dllm_core.samplers.stopwatch import Stopwatch
 from dllm_core.samplers.streaming import DraftStream, OnDraft, Streamer
 
 if TYPE_CHECKING:
     from dllm_core.methods.cola.method import Method
 
-_CHUNK_ROWS = 256
-
 
 @dataclass(frozen=True)
-class Job:
+class Job(Request):
     """A batch of generations.
 
     Attributes:
-        prompts: 1-D int64 ids.
-        lengths: new tokens of each.
-        config: steps, temperature, top-k, top-p, seed, end of text.
-        sample_ids: with the seed they key all noise of a row.
         guidance: scale of classifier-free guidance.
         cached: keep keys and values of what is final; False computes them anew in every pass.
     """
 
-    prompts: list[Tensor]
-    lengths: list[int]
-    config: DiffusionGenerationConfig
-    sample_ids: tuple[int, ...]
     guidance: float
     cached: bool
-
-    def ends(self, own: tuple[int, ...]) -> Tensor | None:
-        """Return the ids at which a text ends, None where nothing ends one."""
-        ids = self.config.eos_token_ids or own
-        return torch.tensor(ids) if self.config.stop_at_eos and ids else None
 
 
 def job_of(
@@ -71,19 +53,12 @@ def job_of(
     """Resolve what is to be generated.
 
     Raises:
-        DllmError: no prompts, an empty prompt, or lists of different lengths.
+        DllmError: no prompts, an empty prompt, a length below 1, or lists of different lengths.
     """
-    rows = [p.to(method.device).long() for p in prompts]
-    if not rows or any(p.ndim != 1 or len(p) == 0 for p in rows):
-        raise DllmError("A prompt is empty or not one row of ids.", "Give every prompt at least one token.")
-    sizes = list(lengths) if lengths is not None else [config.max_new_tokens] * len(rows)
-    ids = tuple(sample_ids) if sample_ids is not None else tuple(range(len(rows)))
-    if not len(rows) == len(sizes) == len(ids) or min(sizes) < 1:
-        raise DllmError(
-            f"{len(rows)} prompts, {len(sizes)} lengths and {len(ids)} sample ids.",
-            "Give one of each per prompt, lengths of at least 1.",
-        )
-    return Job(rows, sizes, config, ids, method.options.guidance if guidance is None else guidance, cached)
+    request = request_of(prompts, config, method.device, lengths=lengths, sample_ids=sample_ids)
+    if min(request.lengths) < 1:
+        raise DllmError(f"{min(request.lengths)} new tokens are asked for.", "Give lengths of at least 1.")
+    return Job(**vars(request), guidance=method.options.guidance if guidance is None else guidance, cached=cached)
 
 
 class Decoding:
@@ -114,8 +89,9 @@ class Decoding:
         self.ids_BT = torch.full(self.done_BT.shape, method.base.contract.mask_token_id, device=self.device)
         self.ids_BT[self.done_BT] = torch.cat(job.prompts)
         self.fixed_at_BT = torch.zeros_like(self.ids_BT)
-        self.noise_BLK = self._drawn("latent", normal=True).to(method.head_VD.dtype)
-        self.uniform_BL = self._drawn("token", normal=False) if job.config.temperature else None
+        self.noise_BLK = job.normal(method.networks.latent_dim, "latent").to(self.device, method.head_VD.dtype)
+        uniform_BL = job.uniform("token")
+        self.uniform_BL = None if uniform_BL is None else uniform_BL.to(self.device)
         self.passes = 2
         self.latents_BTK = self._read_prompts()
         self.prior_cache: Cache | None = None
@@ -123,18 +99,6 @@ class Decoding:
         if job.cached and max(self.first):
             self.prior_cache, self.decoder_cache = self._prior_context(0), self._decoder_context(0)
             self.passes += 2
-
-    def _drawn(self, stream: str, *, normal: bool) -> Tensor:
-        """Return draws [B, L, ...] that depend on each row's seed, sample id and length alone."""
-        source, latent, rows = NoiseSource(self.job.config.seed), self.method.networks.latent_dim, []
-        for sample, length in zip(self.job.sample_ids, self.job.lengths, strict=True):
-            generator = source.generator(sample, 0, stream)
-            rows.append(
-                torch.randn(length, latent, generator=generator)
-                if normal
-                else torch.rand(length, generator=generator, dtype=torch.float64)
-            )
-        return pad_sequence(rows, batch_first=True).to(self.device)
 
     def _read_prompts(self) -> Tensor:
         """Return latents [B, T, K]: the posterior's mode where the prompt is, 0 elsewhere."""
@@ -223,20 +187,9 @@ class Decoding:
         uniform_M = None
         if self.uniform_BL is not None:
             uniform_M = self.uniform_BL[place[0], place[1] - self.prompt_B1[place[0], 0]]
-        self.ids_BT[place] = self._tokens(outputs_BND[new_BN], uniform_M)
+        self.ids_BT[place] = read_tokens(outputs_BND[new_BN], self.method.head_VD, self.job.config, uniform_M)
         self.done_BT[place] = True
         self.fixed_at_BT[place] = self.passes
-
-    def _tokens(self, outputs_MD: Tensor, uniform_M: Tensor | None) -> Tensor:
-        head_VD = self.method.head_VD
-        if uniform_M is None:
-            return token_stats.stats(outputs_MD, head_VD, second=False).argmax_M
-        return torch.cat(
-            [
-                draw_tokens((rows_RD @ head_VD.T).float(), self.job.config, uniform_R)
-                for rows_RD, uniform_R in zip(outputs_MD.split(_CHUNK_ROWS), uniform_M.split(_CHUNK_ROWS), strict=True)
-            ]
-        )
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -244,9 +197,7 @@ class Decoding:
         """Return (new tokens so far, how many stand up to the first end of text; None where none came yet)."""
         prompt = len(self.job.prompts[row])
         new_L = self.ids_BT[row, prompt:][self.done_BT[row, prompt:]].cpu()
-        ends = self.job.ends(self.method.base.eos_token_ids)
-        found = [] if ends is None else torch.isin(new_L, ends).nonzero().flatten().tolist()
-        return len(new_L), found[0] + 1 if found else None
+        return len(new_L), self.job.up_to_end(new_L, self.method.base.eos_token_ids)
 
     def kept(self, row: int) -> int:
         """Return the new tokens of a row that stand, cut after the first end of text."""

@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dllm_core.corruption.noise import NoiseSource
 from dllm_core.data.batch import Batch
-from dllm_core.data.order import SampleOrder
 from dllm_core.methods.cola import generation, objective
 from dllm_core.methods.cola.draws import PRIOR, VAE, draw
 from dllm_core.methods.cola.model import Model
 from dllm_core.methods.cola.networks import Posterior
-from dllm_core.methods.cola.options import Options
 from dllm_core.methods.cola.spans import Spans, spans_of
 from dllm_core.methods.protocol import (
     Corrupted,
@@ -33,7 +30,6 @@ from dllm_core.methods.protocol import (
     SamplingRequest,
     StepInfo,
 )
-from dllm_core.methods.requirements import RoomOptions
 from dllm_core.samplers.config import DiffusionGenerationConfig
 from dllm_core.samplers.streaming import OnDraft, Streamer
 
@@ -49,11 +45,6 @@ class Method(Model):
         """Return the autoencoder's phase and the prior's."""
         share = self.options.vae_share
         return Phase(VAE, share), Phase(PRIOR, 1.0 - share)
-
-    def select_samples(self, order: SampleOrder, info: StepInfo) -> list[tuple[int, int]]:
-        """Return the common order, looped over the first `anchor_sequences` where that is set."""
-        first = info.step * info.batch_size
-        return [order.looped(i, self.options.anchor_sequences) for i in range(first, first + info.batch_size)]
 
     def settles(self, info: StepInfo) -> bool:
         """Return whether the encoder stands still at this step of the first phase: at least at its last one."""
@@ -166,7 +157,7 @@ class Method(Model):
     def on_step_end(self, info: StepInfo) -> None:
         """Between the phases freeze the statistics (and keep the encoder); in the second, average the prior."""
         if info.phase == PRIOR:
-            self.average.update(self.networks.prior.named_parameters())
+            self.ema.update(self.networks.prior.named_parameters())
         elif info.phase_step == info.phase_steps - 1:
             mean_K = self.gathered_K / self.gathered_count
             variance_K = self.gathered_square_K / self.gathered_count - mean_K.square()
@@ -174,10 +165,6 @@ class Method(Model):
             self.latent_std_K.copy_(variance_K.clamp(min=_LEAST_STD**2).sqrt())
             if self.options.joint:
                 self.reference.update(self.networks.encoder.named_parameters())
-
-    def num_new_parameters(self) -> int:
-        """All that is trained is new."""
-        return sum(p.numel() for p in self.networks.parameters())
 
     # -- measuring and generating -------------------------------------------------------------------------------------
 
@@ -234,39 +221,5 @@ class Method(Model):
         job = generation.job_of(
             self, list(input_ids), config, lengths=lengths, sample_ids=sample_ids, guidance=guidance, cached=cached
         )
-        was_training = self.training
-        self.eval()
-        try:
-            if self.is_trained_in_memory:
-                with self.average.swapped(self.networks.prior):
-                    return generation.generate(self, job, streamer, on_draft)
+        with self.generating():
             return generation.generate(self, job, streamer, on_draft)
-        finally:
-            self.train(was_training)
-
-    @property
-    def is_trained_in_memory(self) -> bool:
-        """Whether the prior holds live weights, which its average stands in for; a loaded one holds the average."""
-        return int(self.average.num_updates) > 0
-
-    # -- keeping ------------------------------------------------------------------------------------------------------
-
-    def save_pretrained(self, directory: Path) -> None:
-        """Write weights (of the prior the averaged ones), config and language model; see `cola.keeping`."""
-        from dllm_core.methods.cola.keeping import save
-
-        save(self, directory)
-
-    @classmethod
-    def from_pretrained(
-        cls, directory: Path, options: RoomOptions, *, dtype: torch.dtype, device: torch.device | str
-    ) -> Self:
-        """Load what `save_pretrained` wrote.
-
-        Raises:
-            ContractError: no finished cola cell, or one of another shape.
-        """
-        from dllm_core.methods.cola.keeping import load
-
-        assert isinstance(options, Options)
-        return load(cls, directory, options, dtype=dtype, device=device)

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from dllm_core.errors import DllmError, did_you_mean
-from dllm_core.methods.cola.shapes import PROMPT_PER_RESPONSE, SHAPES, Shape, forward_flops, parameter_table
-from dllm_core.methods.requirements import (
-    AnchorNeed,
-    BaseShape,
-    Capabilities,
-    NetworkCost,
-    Requirements,
-    RoomOptions,
-)
-
-Share = Annotated[float, Field(ge=0, le=1)]
+from dllm_core.errors import DllmError
+from dllm_core.methods.cola.shapes import SHAPES, Shape, forward_flops, parameter_table
+from dllm_core.methods.latent_options import LatentOptions, Share, named_sizes
+from dllm_core.methods.requirements import AnchorNeed, BaseShape, Capabilities, NetworkCost, Requirements
 
 
-class Options(RoomOptions):
-    """Options of `cola`.
+class Options(LatentOptions):
+    """Options of `cola`; `layer`, `anchor_sequences` and others that it shares are told in `LatentOptions`.
 
     Attributes:
         shape: name of a set of sizes, or the sizes themselves; K, the latent width of a token, is one of them.
-        layer: hidden state of the frozen model that is encoded, counted from the end (-1 is after the final norm).
         backbone: whose states; `ar` is the unconverted model, read causally. `repr_align` is refused (see
             `requirements`).
         block_size: tokens per block of the prior, from the start of a document.
@@ -36,10 +27,8 @@ class Options(RoomOptions):
         beta: weight of the KL, a mean over dimensions, in nats.
         masked_share: share of the rows that the masked view hides from the encoder.
         masked_weight: weight of that view's cross-entropy; 0 leaves the view out.
-        token_fraction: share of a sequence's tokens in the token loss, drawn anew each step; an unbiased estimate.
         start: `linear` starts the autoencoder from closed forms (reduced-rank regression) and the prior from the best
             linear guess, which it corrects; `random` starts from noise and from 0.
-        start_sequences: training sequences from which statistics and closed forms are computed.
         start_log_variance: of the posterior at the start; latents start with variance 1.
         time_location: t = sigmoid(location + scale N(0, 1)), one per document; above 0 is more noise.
         time_scale: of those times.
@@ -50,16 +39,13 @@ class Options(RoomOptions):
         flow_weight: of the flow loss.
         reference_weight: in the joint stage, of the KL (a mean over dimensions) of the posterior from that of the
             encoder as the first phase left it.
-        ema_decay: of the prior's averaged weights, which generate; warmed up.
         guidance: scale g of classifier-free guidance against the empty prefix, v_u + g (v_c - v_u); 1 needs no second
             pass.
         block_steps: Euler steps of every block, whatever the request says; None spreads the requested steps over the
             blocks of the response.
-        anchor_sequences: distinct training sequences that are presented, over and over; None: all of them.
     """
 
     shape: str | Shape = "laptop"
-    layer: int = Field(default=-3, le=-1)
     backbone: Literal["ar", "repr_align"] = "ar"
     block_size: PositiveInt = 16
     vae_share: Annotated[float, Field(gt=0, lt=1)] = 0.4
@@ -67,9 +53,6 @@ class Options(RoomOptions):
     beta: NonNegativeFloat = 1e-3
     masked_share: Annotated[float, Field(gt=0, lt=1)] = 0.15
     masked_weight: NonNegativeFloat = 1.0
-    token_fraction: Annotated[float, Field(gt=0, le=1)] = 0.25
-    start: Literal["linear", "random"] = "linear"
-    start_sequences: PositiveInt = 512
     start_log_variance: float = -3.0
     time_location: float = 1.0
     time_scale: PositiveFloat = 1.0
@@ -79,10 +62,8 @@ class Options(RoomOptions):
     vae_weight: NonNegativeFloat = 1.0
     flow_weight: PositiveFloat = 1.0
     reference_weight: NonNegativeFloat = 0.1
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     guidance: NonNegativeFloat = 2.0
     block_steps: PositiveInt | None = None
-    anchor_sequences: PositiveInt | None = None
 
     @property
     def sizes(self) -> Shape:
@@ -91,25 +72,16 @@ class Options(RoomOptions):
         Raises:
             DllmError: unknown name.
         """
-        if isinstance(self.shape, Shape):
-            return self.shape
-        if self.shape not in SHAPES:
-            raise DllmError(f"Unknown cola shape '{self.shape}'.", did_you_mean(self.shape, SHAPES))
-        return SHAPES[self.shape]
+        return named_sizes(self.shape, SHAPES, "cola")
 
-    def layer_name(self, num_layers: int) -> str:
-        """Return the layer's name in the anchor store.
+    @property
+    def keeps_language_model(self) -> bool:
+        """Always: prompts are read through the language model."""
+        return True
 
-        Raises:
-            DllmError: the model has no such layer.
-        """
-        index = num_layers + 1 + self.layer
-        if index < 0:
-            raise DllmError(
-                f"layer = {self.layer} does not exist in a model of {num_layers} blocks.",
-                f"Allowed: {-num_layers - 1} (embedding) to -1 (after the final norm).",
-            )
-        return "embed" if index == 0 else "final" if index == num_layers else str(index)
+    def facts(self, base: BaseShape) -> dict[str, Any]:
+        """Return latent width, layer and block size."""
+        return {"latent_dim": self.sizes.latent_dim, **super().facts(base), "block_size": self.block_size}
 
     def requirements(self, num_layers: int) -> Requirements:
         """Ask for one layer's states of prompts and responses, held-out sequences included.
@@ -145,7 +117,7 @@ class Options(RoomOptions):
 
     def training_flops(self, base: BaseShape) -> float:
         """Return operations of an average step per response position, its share of prompt positions included."""
-        slots = 1.0 + PROMPT_PER_RESPONSE
+        slots = base.positions_per_response_token
         settled, moving = (self.vae_flops(base, slots, moves=moves) for moves in (False, True))
         first = self.settle * settled + (1.0 - self.settle) * moving
         return self.vae_share * first + (1.0 - self.vae_share) * self.prior_flops(base, slots, slots, 1.0)

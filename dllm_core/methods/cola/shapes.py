@@ -5,18 +5,14 @@ D width of the base model's states, K latent dimension of a token, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Self
-
-from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
+from pydantic import PositiveInt
 
 from dllm_core.layers import sizes
+from dllm_core.methods.latent_options import HeadedSizes
 from dllm_core.methods.requirements import BaseShape
 
-PROMPT_PER_RESPONSE = 0.25
-"""Prompt positions a response position that costs known before any data count on: 32 to 128, the common window."""
 
-
-class Shape(BaseModel):
+class Shape(HeadedSizes):
     """Widths and depths of the three networks.
 
     Attributes:
@@ -24,10 +20,7 @@ class Shape(BaseModel):
         encoder_width, encoder_depth: causal transformer from states to mean and log-variance.
         decoder_width, decoder_depth: causal transformer from latents to the rows that read tokens out.
         prior_width, prior_depth: block-causal DiT.
-        head_width: of every attention head.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     latent_dim: PositiveInt
     encoder_width: PositiveInt
@@ -36,27 +29,6 @@ class Shape(BaseModel):
     decoder_depth: PositiveInt
     prior_width: PositiveInt
     prior_depth: PositiveInt
-    head_width: PositiveInt = 64
-
-    @model_validator(mode="after")
-    def _widths_split_into_heads(self) -> Self:
-        for name in ("encoder_width", "decoder_width", "prior_width"):
-            width = getattr(self, name)
-            if width % (2 * self.heads(width)):
-                raise ValueError(
-                    f"{name} = {width} does not split into {self.heads(width)} heads of even width; "
-                    f"give a multiple of head_width = {self.head_width}"
-                )
-        return self
-
-    def heads(self, width: int) -> int:
-        """Return the attention heads of a network of that width."""
-        return max(1, width // self.head_width)
-
-    def of(self, network: str) -> tuple[int, int, int]:
-        """Return (width, depth, heads) of `encoder`, `decoder` or `prior`."""
-        width, depth = getattr(self, f"{network}_width"), getattr(self, f"{network}_depth")
-        return width, depth, self.heads(width)
 
 
 def _shape(latent: int, encoder: tuple[int, int], decoder: tuple[int, int], prior: tuple[int, int], head: int) -> Shape:

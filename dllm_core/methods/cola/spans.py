@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from dllm_core.data.batch import Batch
+from dllm_core.methods.segments import documents_of, padded
 
 
 @dataclass(frozen=True)
@@ -60,20 +60,10 @@ class Spans:
 
 def spans_of(batch: Batch) -> Spans:
     """Cut a batch into documents; those without response tokens are left out."""
-    rows: list[int] = []
-    slots: list[Tensor] = []
-    document_BL, response_BL = batch.document_BL.cpu(), batch.response_BL.cpu()
-    for row in range(len(batch)):
-        for document in range(int(document_BL[row].max()) + 1):
-            own_L = document_BL[row] == document
-            if bool((own_L & response_BL[row]).any()):
-                rows.append(row)
-                slots.append(own_L.nonzero(as_tuple=True)[0])
-    device = batch.input_ids_BL.device
-    counts_S = torch.tensor([len(s) for s in slots], dtype=torch.long)
-    position_ST = pad_sequence(slots, batch_first=True) if slots else torch.zeros(0, 0, dtype=torch.long)
-    real_ST = torch.arange(position_ST.shape[1]) < counts_S[:, None]
+    found = list(documents_of(batch))
+    row_S = torch.tensor([row for row, _, _ in found], dtype=torch.long)
+    position_ST, real_ST = padded([position_L for _, position_L, _ in found])
     position_ST = torch.where(real_ST, position_ST, position_ST[:, :1])
-    row_S = torch.tensor(rows, dtype=torch.long)
-    response_ST = response_BL[row_S[:, None], position_ST] & real_ST
+    response_ST = batch.response_BL.cpu()[row_S[:, None], position_ST] & real_ST
+    device = batch.input_ids_BL.device
     return Spans(*(part.to(device) for part in (row_S, position_ST, real_ST, response_ST)))

@@ -7,21 +7,15 @@ A C A^T give the encoder U^T A, here with its outputs scaled to variance 1, and 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from dllm_core.methods.ldlm.start import RIDGE, SCALES, Statistics, gather_statistics, head_map
+from dllm_core.methods.closed_forms import RIDGE, Statistics, head_map
 
 STATE_LIMIT = 8.0
 """Standardised states are cut off here: a document's first position is an outlier in a few dimensions."""
-SAMPLE_TOKENS = 1024
-
-__all__ = ["STATE_LIMIT", "ClosedForm", "Statistics", "best_log_scale", "closed_form", "gather_statistics"]
 
 
 @dataclass(frozen=True)
@@ -58,10 +52,3 @@ def closed_form(statistics: Statistics, latent_dim: int, noise_variance: float) 
     seen_KK = encoder_KD @ covariance_DD @ encoder_KD.T + (noise_variance + RIDGE) * torch.eye(latent_dim).double()
     decoder_DK = torch.linalg.solve(seen_KK, encoder_KD @ statistics.with_head_DD).T
     return ClosedForm(encoder_KD.float(), decoder_DK.float())
-
-
-def best_log_scale(outputs_ND: Tensor, ids_N: Tensor, head_VD: Tensor, factors: Iterable[float] = SCALES) -> float:
-    """Return the log of the factor at which factor * (outputs . head rows) has the least cross-entropy."""
-    scores_NV = outputs_ND[:SAMPLE_TOKENS].float() @ head_VD.float().T
-    losses = {s: float(F.cross_entropy(s * scores_NV, ids_N[:SAMPLE_TOKENS])) for s in factors}
-    return math.log(min(losses, key=lambda s: losses[s]))

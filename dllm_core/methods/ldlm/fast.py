@@ -148,7 +148,7 @@ class FastSampler:
         plan.ids_BP.copy_(torch.stack(job.prompts))
         latent = plan.noise_RBLK.shape[-1]
         for k, noise_BLK in enumerate(plan.noise_RBLK):
-            noise_BLK.copy_(generation.slot_noise(job, latent, generation.noise_stream(k)))
+            noise_BLK.copy_(job.normal(latent, generation.noise_stream(k)))
 
     def generate(self, job: Job) -> GenerationOutput:
         """Run a job that `refusal` has nothing against."""
@@ -157,10 +157,10 @@ class FastSampler:
         self.put(plan, job)
         tokens_BL: Tensor = plan.run()
         if job.config.temperature != 0:
-            tokens_BL = generation.drawn(self._method, job, plan.outputs_BLD)
+            tokens_BL = generation.worded(self._method, job, plan.outputs_BLD)
         watch.mark()
         passes = plan.shape.steps * (1 if job.guidance == 1.0 else 2) + 1
-        return generation.finished(self._method, job, tokens_BL.cpu(), passes + 2, watch.seconds(1))
+        return job.finished(tokens_BL, self._method.base.eos_token_ids, passes + 2, watch.seconds(1))
 
 
 def sampler_of(method: Method, *, compiled: bool = False) -> FastSampler:

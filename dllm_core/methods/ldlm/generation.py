@@ -13,14 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dllm_core.corruption.noise import NoiseSource
-from dllm_core.errors import DllmError
-from dllm_core.kernels import token_stats
 from dllm_core.layers.dit import Prefix
+from dllm_core.methods.latent_generation import Request, read_tokens, request_of
 from dllm_core.methods.protocol import GenerationOutput
 from dllm_core.samplers.config import DiffusionGenerationConfig
 from dllm_core.samplers.continuous import STOCHASTIC, Solver, solve
-from dllm_core.samplers.denoise import draw_tokens
 from dllm_core.samplers.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -28,26 +25,17 @@ if TYPE_CHECKING:
 
 FEW_STEPS = 16
 """Up to here the deterministic solver is better, beyond it the stochastic one (background of arXiv:2605.07933)."""
-_CHUNK_ROWS = 256
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Request):
     """A batch of generations.
 
     Attributes:
-        prompts: 1-D int64 ids.
-        lengths: new tokens of each.
-        config: steps, temperature, top-k, top-p, seed, end of text.
-        sample_ids: with the seed they key all noise of a row.
         solver: which one; resolved.
         guidance: scale of classifier-free guidance.
     """
 
-    prompts: list[Tensor]
-    lengths: list[int]
-    config: DiffusionGenerationConfig
-    sample_ids: tuple[int, ...]
     solver: Solver
     guidance: float
 
@@ -68,30 +56,12 @@ def job_of(
         DllmError: no prompts, an empty prompt, or lists of different lengths.
     """
     options = method.options
-    rows = [p.to(method.device).long() for p in prompts]
-    if not rows or any(p.ndim != 1 or len(p) == 0 for p in rows):
-        raise DllmError("A prompt is empty or not one row of ids.", "Give every prompt at least one token.")
-    sizes = list(lengths) if lengths is not None else [config.max_new_tokens] * len(rows)
-    ids = tuple(sample_ids) if sample_ids is not None else tuple(range(len(rows)))
-    if not len(rows) == len(sizes) == len(ids):
-        raise DllmError(
-            f"{len(rows)} prompts, {len(sizes)} lengths and {len(ids)} sample ids.", "Give one of each per prompt."
-        )
+    request = request_of(prompts, config, method.device, lengths=lengths, sample_ids=sample_ids)
     chosen = solver or options.solver
     if chosen == "auto":
         chosen = "ddim" if config.max_denoising_steps <= FEW_STEPS else "sde"
     scale = options.guidance if guidance is None else guidance
-    return Job(rows, sizes, config, ids, chosen, scale)  # type: ignore[arg-type]
-
-
-def slot_noise(job: Job, latent_dim: int, stream: str) -> Tensor:
-    """Return N(0, 1) draws [B, L, K] on CPU; a row's depend on its seed and sample id alone, not on the padding."""
-    source = NoiseSource(job.config.seed)
-    rows = [
-        torch.randn(length, latent_dim, generator=source.generator(sample, 0, stream))
-        for sample, length in zip(job.sample_ids, job.lengths, strict=True)
-    ]
-    return pad_sequence(rows, batch_first=True)
+    return Job(**vars(request), solver=chosen, guidance=scale)  # type: ignore[arg-type]
 
 
 def noise_stream(k: int) -> str:
@@ -155,38 +125,25 @@ def latents(
     predict, passes = denoiser(method, prefix, real_BL, job.guidance)
 
     def drawn_noise(k: int) -> Tensor:
-        return slot_noise(job, latent_dim, noise_stream(k)).to(device=device, dtype=dtype)
+        return job.normal(latent_dim, noise_stream(k)).to(device=device, dtype=dtype)
 
     noise = drawn_noise if noises is None else noises
     times = method.times.grid(steps, method.options.grid)
     fresh = (lambda k: noise(k + 1)) if job.solver in STOCHASTIC else None
     found_BLK = solve(predict, noise(0), times, job.solver, method.schedule, fresh)  # type: ignore[arg-type]
-    return found_BLK, real_BL, passes * steps + 1 + (method.options.prompt_encoder == "backbone")
+    return found_BLK, real_BL, passes * steps + 1 + method.options.keeps_language_model
 
 
 def tokens_of(method: Method, job: Job, latents_BLK: Tensor, real_BL: Tensor | None) -> Tensor:
     """Return int64 [B, L]: the most probable tokens, or draws at the temperature of the config."""
-    outputs_BLD = method.token_outputs(latents_BLK, real_BL)
-    if job.config.temperature != 0:
-        return drawn(method, job, outputs_BLD)
-    best = token_stats.stats(outputs_BLD.flatten(0, 1), method.head_VD, second=False)
-    return best.argmax_M.view(latents_BLK.shape[:2])
+    return worded(method, job, method.token_outputs(latents_BLK, real_BL))
 
 
-def drawn(method: Method, job: Job, outputs_BLD: Tensor) -> Tensor:
-    """Return tokens drawn at the temperature of the config, int64 [B, L]."""
-    outputs_MD, head_VD = outputs_BLD.flatten(0, 1), method.head_VD
-    source = NoiseSource(job.config.seed)
-    rows = [
-        torch.rand(n, generator=source.generator(sample, 0, "token"), dtype=torch.float64)
-        for sample, n in zip(job.sample_ids, job.lengths, strict=True)
-    ]
-    uniform_M = pad_sequence(rows, batch_first=True).flatten().to(outputs_MD.device)
-    parts = [
-        draw_tokens((outputs_MD[i : i + _CHUNK_ROWS] @ head_VD.T).float(), job.config, uniform_M[i : i + _CHUNK_ROWS])
-        for i in range(0, len(outputs_MD), _CHUNK_ROWS)
-    ]
-    return torch.cat(parts).view(outputs_BLD.shape[:2])
+def worded(method: Method, job: Job, outputs_BLD: Tensor) -> Tensor:
+    """Return the tokens [B, L] of what is multiplied with the head's rows."""
+    uniform_BL = job.uniform("token")
+    uniform_M = None if uniform_BL is None else uniform_BL.flatten()
+    return read_tokens(outputs_BLD.flatten(0, 1), method.head_VD, job.config, uniform_M).view(outputs_BLD.shape[:2])
 
 
 def generate(method: Method, job: Job) -> GenerationOutput:
@@ -195,19 +152,4 @@ def generate(method: Method, job: Job) -> GenerationOutput:
     latents_BLK, real_BL, passes = latents(method, job)
     ids_BL = tokens_of(method, job, latents_BLK, real_BL)
     watch.mark()
-    return finished(method, job, ids_BL, passes + 2, watch.seconds(1))
-
-
-def finished(method: Method, job: Job, ids_BL: Tensor, passes: int, seconds: float) -> GenerationOutput:
-    """Cut rows to their lengths, and at the end of text where that is asked for."""
-    eos = job.config.eos_token_id
-    ends = method.base.eos_token_ids if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-    sequences, counts = [], []
-    for row, (prompt, length) in enumerate(zip(job.prompts, job.lengths, strict=True)):
-        new_L = ids_BL[row, :length].cpu()
-        if job.config.stop_at_eos and ends:
-            (found,) = torch.isin(new_L, torch.tensor(ends)).nonzero(as_tuple=True)
-            new_L = new_L[: int(found[0]) + 1] if len(found) else new_L
-        sequences.append(torch.cat((prompt.cpu(), new_L)))
-        counts.append(len(new_L))
-    return GenerationOutput(sequences, counts, passes, seconds)
+    return job.finished(ids_BL, method.base.eos_token_ids, passes + 2, watch.seconds(1))

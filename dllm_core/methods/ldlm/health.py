@@ -12,8 +12,8 @@ from dllm_core.corruption.noise import NoiseSource
 from dllm_core.data.batch import Batch
 from dllm_core.kernels import token_stats
 from dllm_core.layers.dit import Prefix
-from dllm_core.methods.ldlm.segments import Segments, segments_of
 from dllm_core.methods.protocol import Resources
+from dllm_core.methods.segments import Segments, segments_of
 
 if TYPE_CHECKING:
     from dllm_core.methods.ldlm.method import Method
@@ -33,7 +33,7 @@ class _Look:
         real_SL = self.cut.real_SL.to(device)
         self.real_SL, self.padding_SL = real_SL, None if self.cut.is_full else real_SL
         self.ids_SL = self.cut.slots(batch.input_ids_BL).to(device)
-        stored_SLD = method.states_at(batch, self.cut.row_S.tolist(), self.cut.position_SL, resources)
+        stored_SLD = method.stored_states(batch, self.cut.row_S, self.cut.position_SL, resources)
         self.states_SLD = method.standardise(stored_SLD).masked_fill(~real_SL[..., None], 0.0)
         self.latents_SLK = method.networks.encode(self.states_SLD, self.padding_SL)
         prompt_SPD, visible_SP = method.prompts_of(batch, self.cut, resources)

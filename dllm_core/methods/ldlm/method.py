@@ -9,28 +9,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from dllm_core.corruption.adaptive_time import AdaptiveTimes
 from dllm_core.corruption.gaussian import TanSchedule
 from dllm_core.corruption.noise import NoiseSource
 from dllm_core.data.batch import Batch
-from dllm_core.data.order import SampleOrder
-from dllm_core.data.sequences import SequenceSet
-from dllm_core.errors import DllmError
 from dllm_core.kernels import token_stats
+from dllm_core.methods.closed_forms import Statistics
+from dllm_core.methods.frozen_base import Base
+from dllm_core.methods.latent_keeping import CellForm
+from dllm_core.methods.latent_method import LatentMethod
 from dllm_core.methods.ldlm import fast, generation, objective, start
-from dllm_core.methods.ldlm.base import Base
 from dllm_core.methods.ldlm.draws import draw, weight_totals
 from dllm_core.methods.ldlm.networks import LatentNetworks
 from dllm_core.methods.ldlm.options import Options
-from dllm_core.methods.ldlm.prompt_reader import PromptReader
-from dllm_core.methods.ldlm.segments import Segments, segments_of
 from dllm_core.methods.protocol import (
     Corrupted,
     GenerationOutput,
@@ -39,10 +35,8 @@ from dllm_core.methods.protocol import (
     SamplingRequest,
     StepInfo,
 )
-from dllm_core.methods.protocol import Method as MethodProtocol
-from dllm_core.methods.requirements import RoomOptions
+from dllm_core.methods.segments import Segments, segments_of
 from dllm_core.samplers.config import DiffusionGenerationConfig
-from dllm_core.training.ema import Ema
 from dllm_core.training.gradient_gate import encoder_gate
 
 if TYPE_CHECKING:
@@ -52,121 +46,45 @@ POOL = 100.0
 """Samples that make the mean loss of a stretch of times trustworthy, where a run has so many."""
 REFRESH_STEPS = 1000
 """Steps between refreshes of the time density until the run's length is known."""
-_SEQUENCES_AT_ONCE = 16
 
 
-class Method(MethodProtocol):
+class Method(LatentMethod):
     """The room's method.
 
-    Args:
-        backbone: a converted model in memory, of which the embedding table is kept and nothing else; or None.
-        options: see `Options`.
-        base: what is known of the language model, where no backbone is given.
-
     Attributes:
-        networks: all that is trained.
         embedding_VD: frozen token embeddings at unit length, a parameter that is not trained. Nothing reads more of
             them than their direction.
         head_VD: rows along which tokens are read out: the embeddings, or an own matrix.
-        mean_D, std_D: of the frozen states.
+        decoder_noise: standard deviation of the noise on the latent decoder's input in training.
+        times: density of the training times.
     """
 
+    FORM = CellForm("ldlm", "an LDLM", training_alone=("ema.",))
     options: Options
-    mean_D: Tensor
-    std_D: Tensor
+    networks: LatentNetworks
 
     def __init__(self, backbone: Backbone | None, options: Options, *, base: Base | None = None) -> None:
-        super().__init__(None, options)
-        if base is None:
-            assert backbone is not None, "give a backbone or what is known of one"
-            base = Base.of(backbone)
-        self.base = base
-        hidden, vocab = base.hidden, base.contract.num_tokens
-        self.layer = options.layer_name(base.num_layers)
-        self.networks = LatentNetworks(options.sizes, hidden, vocab, normalise=options.normalise == "rms")
-        table_VD = torch.zeros(vocab, hidden) if base.embedding_VD is None else F.normalize(base.embedding_VD, dim=1)
-        self.embedding_VD = nn.Parameter(table_VD, requires_grad=False)
-        self.register_buffer("mean_D", torch.zeros(hidden))
-        self.register_buffer("std_D", torch.ones(hidden))
+        super().__init__(backbone, options, base=base)
+        vocab = self.base.contract.num_tokens
+        self.networks = LatentNetworks(options.sizes, self.base.hidden, vocab, normalise=options.normalise == "rms")
+        self.embedding_VD = self.base.unit_embeddings()
         self.schedule = TanSchedule(options.schedule_d)
         self.decoder_noise = options.noise_level(self.networks.latent_dim)
         self.times = AdaptiveTimes(REFRESH_STEPS)
-        self.ema = Ema(self.networks.named_parameters(), options.ema_decay)
-        self.prompt_reader = PromptReader(base.directory, self.layer)
+        self.start_averages()
         self._fast: fast.FastSampler | None = None
 
-    @classmethod
-    def from_base(
-        cls,
-        directory: Path,
-        options: RoomOptions,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> Self:
-        """Start from a converted checkpoint, of which one tensor is read."""
-        assert isinstance(options, Options)
-        return cls(None, options, base=Base.read(directory)).to(device=device, dtype=dtype)
-
-    # -- the frozen states --------------------------------------------------------------------------------------------
-
     @property
-    def head_VD(self) -> Tensor:
+    def head_VD(self) -> Tensor:  # type: ignore[override]
         """Rows of the token head, [V, D]."""
         own = self.networks.token_head_VD
         return self.embedding_VD if own is None else own
 
-    def standardise(self, states: Tensor) -> Tensor:
-        """Return states with mean 0 and variance 1 per dimension over the training data, in the compute dtype."""
-        return ((states.float() - self.mean_D) / self.std_D).to(self.embedding_VD.dtype)
-
-    def states_at(self, batch: Batch, rows: Sequence[int], position_SL: Tensor, resources: Resources) -> Tensor:
-        """Return stored states [S, L, D] of `rows[s]` at positions, on the method's device, as stored.
-
-        Raises:
-            DllmError: no anchor store.
-            StoreError: the store lacks a row or layer, or belongs to another model.
-        """
-        if resources.anchors is None:
-            raise DllmError(
-                "ldlm trains on the frozen model's states, and no anchor store was given.",
-                "Pass Resources(anchors=...) with the rows of response tokens of layer " + self.layer + ".",
-            )
-        keys = [batch.sequence_keys[row] for row in rows]
-        wanted = [position_L.cpu() for position_L in position_SL]
-        states_MD = resources.anchors.gather(keys, [self.layer], wanted)[self.layer]
-        if states_MD.shape[-1] != self.base.hidden:
-            raise DllmError(
-                f"The anchors of layer {self.layer} are {states_MD.shape[-1]} wide, the model is {self.base.hidden}.",
-                "Use the anchors of the model that this cell starts from.",
-            )
-        return states_MD.view(*position_SL.shape, -1).to(self.device)
-
-    def prepare(self, sequences: SequenceSet, samples: Sequence[int], resources: Resources) -> None:
-        """Take the states' moments, and start from closed forms where the options say so."""
-        chosen = list(samples)[: self.options.start_sequences]
-        head_VD = self.head_VD.detach().float().cpu()
-
-        def parts() -> Any:
-            for first in range(0, len(chosen), _SEQUENCES_AT_ONCE):
-                batch = sequences.batch_of(chosen[first : first + _SEQUENCES_AT_ONCE])
-                cut = segments_of(batch)
-                states_SLD = self.states_at(batch, cut.row_S.tolist(), cut.position_SL, resources)
-                yield states_SLD[cut.real_SL].float().cpu(), cut.slots(batch.input_ids_BL)[cut.real_SL]
-
-        found = start.gather_statistics(parts(), head_VD)
-        self.mean_D.copy_(found.mean_D)
-        self.std_D.copy_(found.std_D)
-        if self.options.start == "linear":
-            start.start_linear(self.networks, found, next(parts()), head_VD, self.decoder_noise)
-        self.ema = Ema(self.networks.named_parameters(), self.options.ema_decay).to(self.device)
+    def start_linear(self, found: Statistics, states_ND: Tensor, ids_N: Tensor, head_VD: Tensor) -> None:
+        """Set the straight paths to principal components and ridge regressions; see `ldlm.start`."""
+        start.start_linear(self.networks, found, (states_ND, ids_N), head_VD, self.decoder_noise)
 
     # -- training -----------------------------------------------------------------------------------------------------
-
-    def select_samples(self, order: SampleOrder, info: StepInfo) -> list[tuple[int, int]]:
-        """Return the common order, looped over the first `anchor_sequences` where that is set."""
-        first = info.step * info.batch_size
-        return [order.looped(i, self.options.anchor_sequences) for i in range(first, first + info.batch_size)]
 
     def corrupt(self, batch: Batch, info: StepInfo, noise: NoiseSource) -> Corrupted:
         """Draw times, noises and coins of the global batch; tokens stay as they are."""
@@ -219,7 +137,7 @@ class Method(MethodProtocol):
 
     def _inputs(self, corrupted: Corrupted, cut: Segments, info: StepInfo, resources: Resources) -> objective.Inputs:
         batch, extras = corrupted.clean, corrupted.extras
-        stored_SLD = self.states_at(batch, cut.row_S.tolist(), cut.position_SL, resources)
+        stored_SLD = self.stored_states(batch, cut.row_S, cut.position_SL, resources)
         states_SLD = self.standardise(stored_SLD).masked_fill(~cut.real_SL[..., None], 0.0)
         dropped_S1 = cut.of_rows(extras["drop_prompt_B"])[:, None]
         prompt_SPD, visible_SP = self.prompts_of(batch, cut, resources)
@@ -249,7 +167,7 @@ class Method(MethodProtocol):
             return None, None
         if self.options.prompt_encoder == "embedding":
             return self.embedding_VD[cut.prompts(batch.input_ids_BL)], cut.prompt_real_SP
-        stored_SPD = self.states_at(batch, cut.row_S.tolist(), cut.prompt_SP, resources)
+        stored_SPD = self.stored_states(batch, cut.row_S, cut.prompt_SP, resources)
         # the first position of a document is an outlier of a hundred times the norm
         visible_SP = cut.prompt_real_SP & (cut.prompts(batch.position_BL) > 0)
         return self.standardise(stored_SPD), visible_SP
@@ -273,10 +191,6 @@ class Method(MethodProtocol):
         """Move the averaged weights and the time density on."""
         self.ema.update(self.networks.named_parameters())
         self.times.end_step()
-
-    def num_new_parameters(self) -> int:
-        """All that is trained is new."""
-        return sum(p.numel() for p in self.networks.parameters())
 
     # -- reading out --------------------------------------------------------------------------------------------------
 
@@ -351,32 +265,5 @@ class Method(MethodProtocol):
         )
         if not self.training and not int(self.ema.num_updates):  # a loaded cell's weights are its averages
             return fast.generate(self, job, path)
-        was_training = self.training
-        self.eval()
-        try:
-            with self.ema.swapped(self.networks):
-                return generation.generate(self, job)
-        finally:
-            self.train(was_training)
-
-    # -- keeping ------------------------------------------------------------------------------------------------------
-
-    def save_pretrained(self, directory: Path) -> None:
-        """Write the averaged weights, the embedding table and config; see `dllm_core.methods.ldlm.keeping`."""
-        from dllm_core.methods.ldlm.keeping import save
-
-        save(self, directory)
-
-    @classmethod
-    def from_pretrained(
-        cls, directory: Path, options: RoomOptions, *, dtype: torch.dtype, device: torch.device | str
-    ) -> Self:
-        """Load what `save_pretrained` wrote.
-
-        Raises:
-            ContractError: no finished LDLM cell, or one of another shape.
-        """
-        from dllm_core.methods.ldlm.keeping import load
-
-        assert isinstance(options, Options)
-        return load(cls, directory, options, dtype=dtype, device=device)
+        with self.generating():
+            return generation.generate(self, job)

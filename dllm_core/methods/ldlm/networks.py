@@ -169,12 +169,12 @@ class LatentNetworks(nn.Module):
     def __init__(self, shape: Shape, hidden: int, vocab: int, *, normalise: bool = True) -> None:
         super().__init__()
         self.shape, self.hidden, self.latent_dim, self.normalise = shape, hidden, shape.latent(hidden), normalise
-        self.latent_encoder = LatentMap(hidden, self.latent_dim, *_sizes(shape, "encoder"))
-        self.latent_decoder = LatentMap(self.latent_dim, hidden, *_sizes(shape, "decoder"))
-        self.denoiser = Denoiser(self.latent_dim, *_sizes(shape, "denoiser"))
+        self.latent_encoder = LatentMap(hidden, self.latent_dim, *shape.of("encoder"))
+        self.latent_decoder = LatentMap(self.latent_dim, hidden, *shape.of("decoder"))
+        self.denoiser = Denoiser(self.latent_dim, *shape.of("denoiser"))
         width = shape.denoiser_width
         self.prompt_encoder = PromptEncoder(hidden, width, shape.prompt_depth, shape.heads(width))
-        self.token_decoder = TokenDecoder(hidden, *_sizes(shape, "token"))
+        self.token_decoder = TokenDecoder(hidden, *shape.of("token"))
         own = shape.token_head == "own"
         self.token_head_VD = nn.Parameter(QUERY_STD * torch.randn(vocab, hidden)) if own else None
 
@@ -201,8 +201,3 @@ class LatentNetworks(nn.Module):
     ) -> Tensor:
         """Return the predicted clean latents, each row at its own time."""
         return self.denoiser(x_BLK, self.denoiser.dit.modulations(t_B[:, None]), before_BLK, prefix, real_BL)
-
-
-def _sizes(shape: Shape, name: str) -> tuple[int, int, int]:
-    width, depth = getattr(shape, f"{name}_width"), getattr(shape, f"{name}_depth")
-    return width, depth, shape.heads(width)

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat
 
-from dllm_core.errors import DllmError, did_you_mean
+from dllm_core.methods.latent_options import Fraction, LatentOptions, Share, named_sizes
 from dllm_core.methods.ldlm.shapes import SHAPES, Shape, forward_flops, parameter_table
-from dllm_core.methods.requirements import (
-    AnchorNeed,
-    BaseShape,
-    Capabilities,
-    NetworkCost,
-    Requirements,
-    RoomOptions,
-)
-
-Share = Annotated[float, Field(ge=0, le=1)]
+from dllm_core.methods.requirements import AnchorNeed, BaseShape, Capabilities, NetworkCost, Requirements
 
 
-class Options(RoomOptions):
-    """Options of `ldlm`.
+class Options(LatentOptions):
+    """Options of `ldlm`; `layer`, `anchor_sequences` and others that it shares are told in `LatentOptions`.
 
     Attributes:
         shape: name of a set of sizes, or the sizes themselves.
-        layer: hidden state of the frozen model that is encoded, counted from the end (-1 is after the final norm).
         prompt_encoder: `embedding` reads prompts through the frozen embedding table and blocks of its own, so that
             generating needs no language model; `backbone` reads the language model's states, keeps it in memory and
             counts its passes.
@@ -35,7 +25,6 @@ class Options(RoomOptions):
         normalise: `rms` puts every latent on the sphere of radius sqrt(K); `none` leaves its scale free.
         start: `linear` starts from closed forms (principal components, ridge regressions), which the networks refine;
             `random` starts from noise.
-        start_sequences: training sequences from which statistics and closed forms are computed.
         self_condition: share of samples trained with a first prediction at hand.
         prompt_drop: share of samples trained without their prompt, for classifier-free guidance.
         gate_warmup: part of the steps over which the gradient of the diffusion loss into the encoder opens.
@@ -46,26 +35,19 @@ class Options(RoomOptions):
             a loss: what the factor changes is how much of the common gradient clipping the token decoder uses up.
         adaptive_times: draw times where the loss rises; False draws them uniformly.
         adaptive_refresh: part of the steps between two refreshes of that density.
-        token_fraction: share of a sequence's tokens in the token loss, drawn anew each step; an unbiased estimate.
         true_states: share of samples whose token loss reads the true states instead of the decoded ones.
         consistency: weight of self-trajectory consistency (arXiv:2608.02602): the prediction is held to that of the
             averaged weights at the next point of a 16-step grid; 0 leaves it out.
-        ema_decay: of the averaged weights that generate; warmed up.
         solver: of generation; `auto` is ddim up to 16 steps, sde beyond.
-        guidance: scale w of classifier-free guidance, x_u + w (x_c - x_u); 1 needs no second pass.
         grid: steps of generation evenly spaced in `u` (the adaptive sampler's quantiles) or in `t`.
-        anchor_sequences: distinct training sequences that are presented, over and over; None: all of them.
         health_every: part of the steps between two looks at the noise-free reconstruction.
     """
 
     shape: str | Shape = "laptop"
-    layer: int = Field(default=-3, le=-1)
     prompt_encoder: Literal["embedding", "backbone"] = "embedding"
     schedule_d: PositiveFloat = 3.0
     decoder_noise: NonNegativeFloat | None = None
     normalise: Literal["rms", "none"] = "rms"
-    start: Literal["linear", "random"] = "linear"
-    start_sequences: PositiveInt = 512
     self_condition: Share = 0.5
     prompt_drop: Share = 0.1
     gate_warmup: Share = 0.15
@@ -73,16 +55,12 @@ class Options(RoomOptions):
     gate_ceiling: Share = 0.0
     token_weight: PositiveFloat = 0.02
     adaptive_times: bool = True
-    adaptive_refresh: Annotated[float, Field(gt=0, le=1)] = 0.1
-    token_fraction: Annotated[float, Field(gt=0, le=1)] = 0.25
+    adaptive_refresh: Fraction = 0.1
     true_states: Share = 0.5
     consistency: NonNegativeFloat = 0.0
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     solver: Literal["auto", "ddim", "ddpm", "sde"] = "auto"
-    guidance: NonNegativeFloat = 1.0
     grid: Literal["u", "t"] = "t"
-    anchor_sequences: PositiveInt | None = None
-    health_every: Annotated[float, Field(gt=0, le=1)] = 0.02
+    health_every: Fraction = 0.02
 
     @property
     def sizes(self) -> Shape:
@@ -91,29 +69,20 @@ class Options(RoomOptions):
         Raises:
             DllmError: unknown name.
         """
-        if isinstance(self.shape, Shape):
-            return self.shape
-        if self.shape not in SHAPES:
-            raise DllmError(f"Unknown LDLM shape '{self.shape}'.", did_you_mean(self.shape, SHAPES))
-        return SHAPES[self.shape]
+        return named_sizes(self.shape, SHAPES, "LDLM")
+
+    @property
+    def keeps_language_model(self) -> bool:
+        """Whether prompts are read through the language model."""
+        return self.prompt_encoder == "backbone"
+
+    def facts(self, base: BaseShape) -> dict[str, Any]:
+        """Return latent width and layer."""
+        return {"latent_dim": self.sizes.latent(base.hidden), **super().facts(base)}
 
     def noise_level(self, latent_dim: int) -> float:
         """Return the standard deviation of the decoder's noise: 3 at 768 dimensions, the same per token elsewhere."""
         return 3.0 * (latent_dim / 768) ** 0.5 if self.decoder_noise is None else self.decoder_noise
-
-    def layer_name(self, num_layers: int) -> str:
-        """Return the layer's name in the anchor store.
-
-        Raises:
-            DllmError: the model has no such layer.
-        """
-        index = num_layers + 1 + self.layer
-        if index < 0:
-            raise DllmError(
-                f"layer = {self.layer} does not exist in a model of {num_layers} blocks.",
-                f"Allowed: {-num_layers - 1} (embedding) to -1 (after the final norm).",
-            )
-        return "embed" if index == 0 else "final" if index == num_layers else str(index)
 
     def requirements(self, num_layers: int) -> Requirements:
         """Ask for one layer's states, of responses alone unless prompts are read through the language model."""
@@ -121,7 +90,7 @@ class Options(RoomOptions):
         return Requirements(
             anchors=AnchorNeed(
                 layers=(self.layer_name(num_layers),),
-                positions="all" if self.prompt_encoder == "backbone" else "response",
+                positions="all" if self.keeps_language_model else "response",
                 heldout=True,
                 sequences=self.anchor_sequences,
             )

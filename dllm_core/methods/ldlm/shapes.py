@@ -5,15 +5,16 @@ D width of the base model's states, K latent dimension, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, model_validator
+from pydantic import NonNegativeInt, PositiveInt
 
 from dllm_core.layers import sizes
+from dllm_core.methods.latent_options import HeadedSizes
 from dllm_core.methods.requirements import BaseShape
 
 
-class Shape(BaseModel):
+class Shape(HeadedSizes):
     """Widths and depths of the five networks.
 
     Attributes:
@@ -23,11 +24,8 @@ class Shape(BaseModel):
         denoiser_width, denoiser_depth: DiT.
         token_width, token_depth: token decoder D_w.
         prompt_depth: blocks of the prompt encoder, at the width of the DiT.
-        head_width: of every attention head.
         token_head: `frozen` reads tokens out along the base model's normalised embeddings; `own` trains a matrix.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     latent_dim: PositiveInt | None = 768
     encoder_width: PositiveInt
@@ -39,27 +37,11 @@ class Shape(BaseModel):
     token_width: PositiveInt
     token_depth: PositiveInt
     prompt_depth: NonNegativeInt = 1
-    head_width: PositiveInt = 64
     token_head: Literal["frozen", "own"] = "frozen"
-
-    @model_validator(mode="after")
-    def _widths_split_into_heads(self) -> Self:
-        for name in ("encoder_width", "decoder_width", "denoiser_width", "token_width"):
-            width = getattr(self, name)
-            if width % (2 * self.heads(width)):
-                raise ValueError(
-                    f"{name} = {width} does not split into {self.heads(width)} heads of even width; "
-                    f"give a multiple of head_width = {self.head_width}"
-                )
-        return self
 
     def latent(self, hidden: int) -> int:
         """Return K for a base model of that width."""
         return self.latent_dim or hidden
-
-    def heads(self, width: int) -> int:
-        """Return the attention heads of a network of that width."""
-        return max(1, width // self.head_width)
 
 
 def _square(width: int, encoder: int, denoiser: int, token: int, **more: object) -> Shape:

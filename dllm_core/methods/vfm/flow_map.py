@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from dllm_core.data.batch import Batch
 from dllm_core.kernels.dispatch import rows_per_chunk
 from dllm_core.layers.time_embedding import FREQUENCIES, sinusoids
-from dllm_core.methods.ldlm.segments import Segments
+from dllm_core.methods.segments import Segments
 
 if TYPE_CHECKING:
     from dllm_core.backbone.backbone import Backbone

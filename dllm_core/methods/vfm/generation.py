@@ -13,12 +13,13 @@ from torch.nn.utils.rnn import pad_sequence
 from dllm_core.corruption.noise import NoiseSource
 from dllm_core.data.batch import Batch
 from dllm_core.errors import DllmError
-from dllm_core.methods.ldlm.segments import Segments, segments_of
+from dllm_core.methods.latent_generation import Request, request_of
 from dllm_core.methods.protocol import GenerationOutput
+from dllm_core.methods.segments import Segments, segments_of
 from dllm_core.methods.single_network import gather_rows
 from dllm_core.methods.vfm import soft_masks
 from dllm_core.samplers.config import DiffusionGenerationConfig
-from dllm_core.samplers.denoise import propose
+from dllm_core.samplers.denoise import Proposal, propose
 from dllm_core.samplers.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -28,19 +29,13 @@ Source = Literal["adapter", "normal"]
 
 
 @dataclass(frozen=True)
-class Job:
-    """A batch of generations.
+class Job(Request):
+    """A batch of generations, all of one length.
 
     Attributes:
-        prompts: 1-D int64 ids on the method's device.
-        config: length, passes, temperature, seed, end of text.
-        sample_ids: with the seed they key all noise of a row.
         source: where the noise comes from.
     """
 
-    prompts: list[Tensor]
-    config: DiffusionGenerationConfig
-    sample_ids: tuple[int, ...]
     source: Source = "adapter"
 
 
@@ -57,15 +52,10 @@ def job_of(
     Raises:
         DllmError: no prompts, an empty prompt, an unknown source, or lists of different lengths.
     """
-    rows = [p.to(method.device).long() for p in prompts]
-    if not rows or any(p.ndim != 1 or len(p) == 0 for p in rows):
-        raise DllmError("A prompt is empty or not one row of ids.", "Give every prompt at least one token.")
+    request = request_of(prompts, config, method.device, sample_ids=sample_ids)
     if source not in ("adapter", "normal"):
         raise DllmError(f"Unknown source of noise '{source}'.", "Allowed: adapter, normal.")
-    ids = tuple(sample_ids) if sample_ids is not None else tuple(range(len(rows)))
-    if len(ids) != len(rows):
-        raise DllmError(f"{len(rows)} prompts and {len(ids)} sample ids.", "Give one of each per prompt.")
-    return Job(rows, config, ids, source)
+    return Job(**vars(request), source=source)
 
 
 def canvas(job: Job) -> Batch:
@@ -97,15 +87,6 @@ def noise_of(method: Method, job: Job, batch: Batch, cut: Segments) -> Tensor:
     return method.posterior(batch, cut, None).sample(eps_SLD)
 
 
-def uniforms(job: Job, stream: str) -> Tensor | None:
-    """Return U(0, 1) draws of every slot, float64 [B * L] on CPU; None at temperature 0."""
-    if job.config.temperature == 0:
-        return None
-    source, new = NoiseSource(job.config.seed), job.config.max_new_tokens
-    rows = [torch.rand(new, generator=source.generator(i, 0, stream), dtype=torch.float64) for i in job.sample_ids]
-    return torch.cat(rows)
-
-
 @torch.no_grad()
 def generate(method: Method, job: Job) -> GenerationOutput:
     """Run a job; every token is final at the same moment, but for soft masks in several passes."""
@@ -121,9 +102,9 @@ def generate(method: Method, job: Job) -> GenerationOutput:
         rows_MD = method.flow.sample(
             method.backbone, batch, cut, z_SLD, passes, method.shift, method.hidden_prompt(batch)
         )
-        ids_BN = _tokens(method, job, rows_MD, "token").view(len(batch), -1)
+        ids_BN = _proposed(method, job, rows_MD, "token").token_M.view(len(batch), -1)
     watch.mark()
-    return finished(method, job, ids_BN, passes + networks_besides(method, job), watch.seconds(1))
+    return job.finished(ids_BN, method.backbone.eos_token_ids, passes + networks_besides(method, job), watch.seconds(1))
 
 
 def networks_besides(method: Method, job: Job) -> int:
@@ -133,10 +114,10 @@ def networks_besides(method: Method, job: Job) -> int:
     return 1 + int(method.options.reads_states)
 
 
-def _tokens(method: Method, job: Job, rows_MD: Tensor, stream: str) -> Tensor:
-    uniform_M = uniforms(job, stream)
-    uniform_M = None if uniform_M is None else uniform_M.to(rows_MD.device)
-    return propose(method.backbone, rows_MD, job.config, frozenset(), uniform_M=uniform_M).token_M
+def _proposed(method: Method, job: Job, rows_MD: Tensor, stream: str) -> Proposal:
+    uniform_BN = job.uniform(stream)
+    uniform_M = None if uniform_BN is None else uniform_BN.flatten().to(rows_MD.device)
+    return propose(method.backbone, rows_MD, job.config, frozenset(), uniform_M=uniform_M)
 
 
 def _soft(method: Method, job: Job, batch: Batch, cut: Segments) -> tuple[Tensor, int]:
@@ -157,23 +138,8 @@ def _soft(method: Method, job: Job, batch: Batch, cut: Segments) -> tuple[Tensor
         shown = replace(batch, input_ids_BL=shown_BL)
         hidden_BLD = soft_masks.hidden_states(method, shown, cut, mean_SLD, masked_BL)
         rows_MD = gather_rows(hidden_BLD, method.predictor_rows(slots_M))
-        uniform_M = uniforms(job, f"token {k}")
-        uniform_M = None if uniform_M is None else uniform_M.to(rows_MD.device)
-        found = propose(method.backbone, rows_MD, job.config, frozenset(), uniform_M=uniform_M)
+        found = _proposed(method, job, rows_MD, f"token {k}")
         now_BN = soft_masks.decide(found.logprob_M.view(rows, new), open_BN, passes - k)
         ids_BN = torch.where(now_BN, found.token_M.view(rows, new), ids_BN)
         open_BN = open_BN & ~now_BN
     return ids_BN, passes
-
-
-def finished(method: Method, job: Job, ids_BN: Tensor, passes: int, seconds: float) -> GenerationOutput:
-    """Put prompts before the new tokens, cut at the end of text where that is asked for."""
-    ends = job.config.eos_token_ids or method.backbone.eos_token_ids
-    sequences, counts = [], []
-    for prompt, new_N in zip(job.prompts, ids_BN.cpu(), strict=True):
-        if job.config.stop_at_eos and ends:
-            (found,) = torch.isin(new_N, torch.tensor(ends)).nonzero(as_tuple=True)
-            new_N = new_N[: int(found[0]) + 1] if len(found) else new_N
-        sequences.append(torch.cat((prompt.cpu(), new_N)))
-        counts.append(len(new_N))
-    return GenerationOutput(sequences, counts, passes, seconds)

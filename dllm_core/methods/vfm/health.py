@@ -11,8 +11,8 @@ from torch import Tensor
 from dllm_core.corruption.noise import NoiseSource
 from dllm_core.data.batch import Batch
 from dllm_core.kernels import token_stats
-from dllm_core.methods.ldlm.segments import Segments, segments_of
 from dllm_core.methods.protocol import Resources
+from dllm_core.methods.segments import Segments, segments_of
 from dllm_core.methods.vfm import soft_masks
 
 if TYPE_CHECKING:

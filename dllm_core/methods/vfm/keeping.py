@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from dllm_core.backbone.contract import read_contract
 from dllm_core.errors import ContractError
+from dllm_core.methods.latent_keeping import (
+    keep_language_model,
+    load_weights,
+    require_same,
+    without,
+    write_tensors,
+)
 from dllm_core.methods.vfm.options import Options
 
 if TYPE_CHECKING:
@@ -38,14 +43,10 @@ def _facts(method: Method) -> dict[str, str]:
 
 def save(method: Method, directory: Path) -> None:
     """Write everything but the base model, and the frozen language model where generating needs a copy of it."""
-    tensors = {n: t.detach() for n, t in method.state_dict().items() if not n.startswith(_ELSEWHERE)}
-    kept = {n: t.to("cpu").contiguous().clone() for n, t in tensors.items()}
-    save_file(kept, directory / WEIGHTS, metadata=_facts(method))
-    source = method.language_model
-    if method.options.reads_states and not method.options.freeze_base and source is not None:
-        target = directory / LANGUAGE_MODEL
-        if target.resolve() != source.resolve():
-            shutil.copytree(source, target, dirs_exist_ok=True)
+    write_tensors(without(method.state_dict(), _ELSEWHERE), directory / WEIGHTS, _facts(method))
+    source = method.prompt_reader.directory
+    if method.options.keeps_language_model and source is not None:
+        keep_language_model(source, directory / LANGUAGE_MODEL)
 
 
 def load(cls: type[M], directory: Path, options: Options, *, dtype: torch.dtype, device: torch.device | str) -> M:
@@ -70,21 +71,8 @@ def load(cls: type[M], directory: Path, options: Options, *, dtype: torch.dtype,
     beside = directory / LANGUAGE_MODEL
     backbone = Backbone.from_pretrained(directory, dtype=dtype, device=device)
     method = cls(backbone, options, language_model=beside if beside.is_dir() else None)
-    for name, value in _facts(method).items():
-        if found.get(name) != value:
-            raise ContractError(
-                f"The VFM in '{directory}' was written with {name} = {found.get(name)}, but {value} was asked for.",
-                "Load it with its own options (cell.json) and its own base model, or train the cell again.",
-            )
-    own = {n: t for n, t in method.state_dict().items() if not n.startswith(_ELSEWHERE)}
-    wrong = sorted(n for n in own.keys() | tensors.keys() if n not in own or n not in tensors)
-    wrong += sorted(n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape)
-    if wrong:
-        raise ContractError(
-            f"The weights in '{path}' do not fit their options: {', '.join(wrong[:3])}.",
-            "Load the cell with its own options, or train it again.",
-        )
-    method.load_state_dict(tensors, strict=False)
+    require_same(found, _facts(method), directory)
+    load_weights(method, tensors, path, _ELSEWHERE)
     method.directory = directory
     method.to(device=device, dtype=dtype)
     # bf16 would put a state's mean off by whole standard deviations where the two are far apart

@@ -17,8 +17,8 @@ from dllm_core.corruption.noise import NoiseSource
 from dllm_core.data.batch import Batch
 from dllm_core.data.order import SampleOrder
 from dllm_core.data.sequences import SequenceSet
-from dllm_core.errors import DllmError
-from dllm_core.methods.ldlm.segments import Segments
+from dllm_core.methods.anchor_states import looped_samples
+from dllm_core.methods.prompt_reader import PromptReader
 from dllm_core.methods.protocol import (
     Corrupted,
     GenerationOutput,
@@ -29,6 +29,7 @@ from dllm_core.methods.protocol import (
     StepInfo,
 )
 from dllm_core.methods.requirements import RoomOptions
+from dllm_core.methods.segments import Segments
 from dllm_core.methods.single_network import SingleNetworkMethod
 from dllm_core.methods.vfm import generation, objective, soft_masks
 from dllm_core.methods.vfm.adapter import Adapter, Posterior
@@ -64,6 +65,7 @@ class Method(SingleNetworkMethod):
         teacher: the map at the start of the paired phase; empty before.
         log_gate: log of the soft masks' gate (`freeze_base` alone).
         layer: what the adapter reads of prompts: a layer of the frozen model, or "embedding".
+        prompt_reader: the frozen language model, where it is another one than the base.
         mean_D, std_D: of the states that the adapter reads.
     """
 
@@ -87,8 +89,7 @@ class Method(SingleNetworkMethod):
         if options.freeze_base:
             backbone.requires_grad_(False)
             self.log_gate = nn.Parameter(torch.tensor([math.log(options.gate)]))
-        self.language_model = language_model
-        self._language_model: tuple[Backbone, ...] = ()
+        self.prompt_reader = PromptReader(language_model, self.layer)
         self.to(backbone.device)
 
     @classmethod
@@ -165,8 +166,15 @@ class Method(SingleNetworkMethod):
 
     @torch.no_grad()
     def language_model_states(self, batch: Batch) -> Tensor:
-        """Return the frozen language model's causal states [B, L, D] of the prompts; one pass."""
-        model = self._frozen_model()
+        """Return the frozen language model's causal states [B, L, D] of the prompts; one pass.
+
+        Raises:
+            DllmError: the language model is not at hand.
+        """
+        if self.options.freeze_base:
+            model = self.backbone
+        else:
+            model = self.prompt_reader.loaded(self.backbone.embedding_weight_VD.dtype, self.device)
         with model.capture([self.layer]) as states:
             if batch.is_plain:
                 model.hidden(batch.input_ids_BL, causal=True)
@@ -175,22 +183,6 @@ class Method(SingleNetworkMethod):
                     batch.input_ids_BL, causal=True, document_BL=batch.document_BL, position_BL=batch.position_BL
                 )
         return states[self.layer]
-
-    def _frozen_model(self) -> Backbone:
-        from dllm_core.backbone.backbone import Backbone
-
-        if self.options.freeze_base:
-            return self.backbone
-        if not self._language_model:
-            if self.language_model is None:
-                raise DllmError(
-                    "This cell reads prompts through the frozen language model, which is not at hand.",
-                    "Load the cell from the directory that training wrote, or use prompt_encoder: embedding.",
-                )
-            dtype = self.backbone.embedding_weight_VD.dtype
-            model = Backbone.from_pretrained(self.language_model, dtype=dtype, device=self.device)
-            self._language_model = (model.eval(),)
-        return self._language_model[0]
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -203,8 +195,7 @@ class Method(SingleNetworkMethod):
 
     def select_samples(self, order: SampleOrder, info: StepInfo) -> list[tuple[int, int]]:
         """Return the common order, looped over the first `anchor_sequences` where that is set."""
-        first = info.step * info.batch_size
-        return [order.looped(i, self.options.anchor_sequences) for i in range(first, first + info.batch_size)]
+        return looped_samples(order, info, self.options.anchor_sequences)
 
     def prepare(self, sequences: SequenceSet, samples: Sequence[int], resources: Resources) -> None:
         """Take the moments of the prompts' states, where the adapter reads them."""

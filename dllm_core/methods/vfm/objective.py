@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from dllm_core.kernels import token_stats
-from dllm_core.methods.ldlm.segments import Segments, segments_of
 from dllm_core.methods.protocol import Corrupted, LossOutput, Resources, StepInfo
+from dllm_core.methods.segments import Segments, segments_of
 from dllm_core.methods.single_network import FORWARD_AND_BACKWARD, gather_rows
 from dllm_core.methods.vfm.adapter import Posterior
 from dllm_core.methods.vfm.flow_map import unit_embeddings

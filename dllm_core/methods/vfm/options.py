@@ -6,15 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from dllm_core.errors import DllmError, did_you_mean
-from dllm_core.methods.requirements import (
-    AnchorNeed,
-    BaseShape,
-    Capabilities,
-    NetworkCost,
-    Requirements,
-    RoomOptions,
-)
+from dllm_core.methods.latent_options import Decay, Fraction, FrozenStatesOptions, Share, named_sizes
+from dllm_core.methods.requirements import AnchorNeed, BaseShape, Capabilities, NetworkCost, Requirements
 from dllm_core.methods.vfm.shapes import (
     SHAPES,
     AdapterShape,
@@ -24,11 +17,9 @@ from dllm_core.methods.vfm.shapes import (
     time_parameters,
 )
 
-Share = Annotated[float, Field(ge=0, le=1)]
 
-
-class Options(RoomOptions):
-    """Options of `vfm`.
+class Options(FrozenStatesOptions):
+    """Options of `vfm`; `layer` (read with `states` alone) and `anchor_sequences` are told in `FrozenStatesOptions`.
 
     Attributes:
         shape: name of the adapter's sizes, or the sizes themselves.
@@ -43,7 +34,6 @@ class Options(RoomOptions):
         prompt_encoder: what the adapter reads of prompts: `states` of the frozen model (from the anchor cache; to
             generate, a copy of it is kept in memory unless the base stays frozen anyway), or its `embedding` rows.
             `auto`: states under `freeze_base`, else embedding.
-        layer: hidden state that is read with `states`, counted from the end (-1 is after the final norm).
         adapter_fraction: alpha, share of samples whose noise comes from the adapter; the others have N(0, 1).
         tau: of L_data / (2 tau^2).
         sigma: of L_obs / (2 sigma^2).
@@ -57,7 +47,6 @@ class Options(RoomOptions):
             stay on the flow at t < 1, which keeps several passes in shape.
         rollout_steps: K, passes of the sampler that is imitated: that of the map as the first phase left it.
         statistics_sequences: training sequences over which the states' moments are taken.
-        anchor_sequences: distinct training sequences that are presented, over and over; None: all of them.
     """
 
     shape: str | AdapterShape = "base"
@@ -66,7 +55,6 @@ class Options(RoomOptions):
     gate: PositiveFloat = 0.1
     prompt: Literal["visible", "hidden"] = "visible"
     prompt_encoder: Literal["auto", "states", "embedding"] = "auto"
-    layer: int = Field(default=-3, le=-1)
     adapter_fraction: Share = 0.5
     tau: PositiveFloat = 1.0
     sigma: PositiveFloat = 1.0
@@ -75,11 +63,10 @@ class Options(RoomOptions):
     observe_fraction: Share = 0.5
     time_at_one: Share = 0.25
     time_power: NonNegativeFloat = 2.0
-    paired_share: Annotated[float, Field(ge=0, lt=1)] = 0.3
-    paired_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
+    paired_share: Decay = 0.3
+    paired_fraction: Fraction = 0.5
     rollout_steps: Annotated[int, Field(ge=2)] = 16
     statistics_sequences: PositiveInt = 512
-    anchor_sequences: PositiveInt | None = None
 
     @property
     def sizes(self) -> AdapterShape:
@@ -88,11 +75,7 @@ class Options(RoomOptions):
         Raises:
             DllmError: unknown name.
         """
-        if isinstance(self.shape, AdapterShape):
-            return self.shape
-        if self.shape not in SHAPES:
-            raise DllmError(f"Unknown VFM shape '{self.shape}'.", did_you_mean(self.shape, SHAPES))
-        return SHAPES[self.shape]
+        return named_sizes(self.shape, SHAPES, "VFM")
 
     @property
     def reads_states(self) -> bool:
@@ -101,19 +84,10 @@ class Options(RoomOptions):
             return self.freeze_base
         return self.prompt_encoder == "states"
 
-    def layer_name(self, num_layers: int) -> str:
-        """Return the layer's name in the anchor store.
-
-        Raises:
-            DllmError: the model has no such layer.
-        """
-        index = num_layers + 1 + self.layer
-        if index < 0:
-            raise DllmError(
-                f"layer = {self.layer} does not exist in a model of {num_layers} blocks.",
-                f"Allowed: {-num_layers - 1} (embedding) to -1 (after the final norm).",
-            )
-        return "embed" if index == 0 else "final" if index == num_layers else str(index)
+    @property
+    def keeps_language_model(self) -> bool:
+        """Whether prompts are read through a model that is not the trained one."""
+        return self.reads_states and not self.freeze_base
 
     def requirements(self, num_layers: int) -> Requirements:
         """Ask for one layer's states of the prompts, where the adapter reads them."""

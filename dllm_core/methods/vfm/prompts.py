@@ -10,15 +10,15 @@ from torch import Tensor
 
 from dllm_core.data.batch import Batch
 from dllm_core.data.sequences import SequenceSet
-from dllm_core.errors import DllmError
-from dllm_core.methods.ldlm.segments import Segments, segments_of
+from dllm_core.methods import anchor_states
+from dllm_core.methods.anchor_states import batches_of
 from dllm_core.methods.protocol import Resources
+from dllm_core.methods.segments import Segments, segments_of
 from dllm_core.methods.vfm.flow_map import unit_embeddings
 
 if TYPE_CHECKING:
     from dllm_core.methods.vfm.method import Method
 
-_SEQUENCES_AT_ONCE = 16
 _STD_MIN = 1e-4
 
 
@@ -38,24 +38,14 @@ def stored_states(method: Method, batch: Batch, cut: Segments, resources: Resour
     """Return the frozen model's states of the prompts as stored, [S, P, D].
 
     Raises:
-        DllmError: no anchor store, or states of another width.
+        DllmError: no anchor store.
+        ContractError: states of another width than the base model's.
         StoreError: the store lacks a row or layer, or belongs to another model.
     """
-    if resources.anchors is None:
-        raise DllmError(
-            "vfm with prompt_encoder: states reads the frozen model's states of prompts; no anchor store was given.",
-            f"Pass Resources(anchors=...) with all rows of layer {method.layer}, or take prompt_encoder: embedding.",
-        )
-    keys = [batch.sequence_keys[row] for row in cut.row_S.tolist()]
-    wanted = [position_P.cpu() for position_P in cut.prompt_SP]
-    states_MD = resources.anchors.gather(keys, [method.layer], wanted)[method.layer]
-    if states_MD.shape[-1] != method.backbone.hidden_size:
-        raise DllmError(
-            f"The anchors of layer {method.layer} are {states_MD.shape[-1]} wide, the base model is "
-            f"{method.backbone.hidden_size}.",
-            "Use the anchors of the model that this cell starts from.",
-        )
-    return states_MD.view(*cut.prompt_SP.shape, -1).to(method.device)
+    found_SPD = anchor_states.stored_states(
+        resources, batch, cut.row_S, cut.prompt_SP, method.layer, method.backbone.hidden_size
+    )
+    return found_SPD.to(method.device)
 
 
 @torch.no_grad()
@@ -65,8 +55,7 @@ def moments(
     """Return mean_D and std_D of the states that the adapter reads, fp32 on CPU."""
 
     def parts() -> Iterator[Tensor]:
-        for first in range(0, len(samples), _SEQUENCES_AT_ONCE):
-            batch = sequences.batch_of(samples[first : first + _SEQUENCES_AT_ONCE])
+        for batch in batches_of(sequences, samples):
             cut = segments_of(batch)
             visible_SP = visible_prompts(batch, cut, states=True)
             if bool(visible_SP.any()):

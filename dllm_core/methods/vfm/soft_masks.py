@@ -17,8 +17,8 @@ from torch import Tensor
 from dllm_core.corruption.masks import uniform_masks
 from dllm_core.corruption.noise import NoiseSource
 from dllm_core.data.batch import Batch
-from dllm_core.methods.ldlm.segments import Segments, segments_of
 from dllm_core.methods.protocol import Corrupted, LossOutput, Resources
+from dllm_core.methods.segments import Segments, segments_of
 from dllm_core.methods.single_network import FORWARD_AND_BACKWARD, gather_rows
 from dllm_core.methods.token_space import per_row_mean
 from dllm_core.methods.vfm.flow_map import place, run

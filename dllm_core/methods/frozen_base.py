@@ -1,4 +1,4 @@
-"""What stays of the language model: its embedding table, a few facts, and its contract. V vocabulary, D hidden."""
+"""What latent rooms keep of the language model: embedding table, a few facts, contract. V vocabulary, D hidden."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dllm_core.backbone.contract import Contract, read_contract
 from dllm_core.backbone.embedding_table import read_embedding
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Base:
-    """The converted checkpoint as this room sees it.
+    """The converted checkpoint as a room without a backbone sees it.
 
     Attributes:
         contract: of the checkpoint.
@@ -41,6 +43,12 @@ class Base:
     def shape(self) -> BaseShape:
         """Return the numbers that sizes follow from; here the vocabulary counts real tokens alone."""
         return BaseShape(hidden=self.hidden, layers=self.num_layers, vocab=self.contract.num_tokens, parameters=0)
+
+    def unit_embeddings(self) -> nn.Parameter:
+        """Return the embeddings at unit length as a frozen parameter [V, D]; zeros where none were read."""
+        if self.embedding_VD is None:
+            return nn.Parameter(torch.zeros(self.contract.num_tokens, self.hidden), requires_grad=False)
+        return nn.Parameter(F.normalize(self.embedding_VD, dim=1), requires_grad=False)
 
     @classmethod
     def read(cls, directory: Path | str) -> Base:

@@ -5,6 +5,7 @@ B batch rows, S segments, L response slots, P prompt tokens (padded to the longe
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -59,25 +60,33 @@ def segments_of(batch: Batch) -> Segments:
     rows: list[int] = []
     slots: list[Tensor] = []
     prompts: list[Tensor] = []
+    for row, position_L, response_L in documents_of(batch):
+        slot_L, other_L = position_L[response_L], position_L[~response_L]
+        rows.append(row)
+        slots.append(slot_L)
+        prompts.append(other_L[other_L < slot_L[0]].flip(0))
+    position_SL, real_SL = padded(slots)
+    position_SL = torch.where(real_SL, position_SL, position_SL[:, :1])
+    prompt_SP, prompt_real_SP = padded(prompts)
+    found = (torch.tensor(rows, dtype=torch.long), position_SL, real_SL, prompt_SP.flip(1), prompt_real_SP.flip(1))
+    return Segments(*(part.to(batch.input_ids_BL.device) for part in found))
+
+
+def documents_of(batch: Batch) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield (row, positions [L], which of them are response tokens [L]) of every document that has some, on CPU."""
     document_BL, response_BL = batch.document_BL.cpu(), batch.response_BL.cpu()
     for row in range(len(batch)):
         for document in range(int(document_BL[row].max()) + 1):
-            own_L = document_BL[row] == document
-            (slot_L,) = (own_L & response_BL[row]).nonzero(as_tuple=True)
-            if len(slot_L) == 0:
-                continue
-            (before_P,) = (own_L & ~response_BL[row]).nonzero(as_tuple=True)
-            rows.append(row)
-            slots.append(slot_L)
-            prompts.append(before_P[before_P < slot_L[0]].flip(0))
-    device = batch.input_ids_BL.device
-    counts = torch.tensor([len(s) for s in slots], dtype=torch.long)
-    prompt_counts = torch.tensor([len(p) for p in prompts], dtype=torch.long)
-    empty = torch.zeros(0, 0, dtype=torch.long)
-    position_SL = pad_sequence(slots, batch_first=True) if slots else empty
-    prompt_SP = pad_sequence(prompts, batch_first=True) if prompts else empty
-    real_SL = torch.arange(position_SL.shape[1]) < counts[:, None]
-    position_SL = torch.where(real_SL, position_SL, position_SL[:, :1])
-    prompt_real_SP = torch.arange(prompt_SP.shape[1]) < prompt_counts[:, None]
-    found = (torch.tensor(rows, dtype=torch.long), position_SL, real_SL, prompt_SP.flip(1), prompt_real_SP.flip(1))
-    return Segments(*(part.to(device) for part in found))
+            (position_L,) = (document_BL[row] == document).nonzero(as_tuple=True)
+            response_L = response_BL[row, position_L]
+            if bool(response_L.any()):
+                yield row, position_L, response_L
+
+
+def padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return (rows of int64 side by side [S, L], zeros following; bool [S, L], what is no padding)."""
+    if not rows:
+        return torch.zeros(0, 0, dtype=torch.long), torch.zeros(0, 0, dtype=torch.bool)
+    counts_S = torch.tensor([len(row) for row in rows])
+    values_SL = pad_sequence(rows, batch_first=True)
+    return values_SL, torch.arange(values_SL.shape[1]) < counts_S[:, None]
