@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from dllm_core.data.anchor_extraction import extract
 from dllm_core.data.anchors import AnchorStore
 from dllm_core.data.batch import Batch
 from dllm_core.data.sequences import SequenceSet
+from dllm_core.errors import DllmError
 from dllm_core.methods.frozen_base import Base
 from dllm_core.methods.ldlm.method import Method
 from dllm_core.methods.ldlm.networks import LatentMap, LatentNetworks
@@ -67,6 +69,14 @@ def moved(method: Method, size: float) -> Method:
         for name, average in method.ema.averages().items():
             average.copy_(method.networks.get_parameter(name))
     return method
+
+
+def refusal(call: Callable[[], Any], kind: type[DllmError] = DllmError) -> tuple[str, str]:
+    """Return the two lines with which a call is refused."""
+    with pytest.raises(kind) as caught:
+        call()
+    problem, remedy = str(caught.value).split("\n")
+    return problem, remedy
 
 
 def ragged_sequences(sizes: Sequence[tuple[int, int]], vocab: int = NUM_TOKENS, seed: int = 0) -> SequenceSet:

@@ -71,7 +71,11 @@ def gather_statistics(parts: Iterable[tuple[Tensor, Tensor]], head_VD: Tensor) -
 
 
 def head_map(statistics: Statistics) -> Tensor:
-    """Return the [D, D] matrix (rows: outputs) of the ridge regression from states to head rows of their tokens."""
+    """Return the [D, D] matrix (rows: outputs) of the ridge regression from states to head rows of their tokens.
+
+    The intercept, the mean head row of the tokens, is left to the caller: cola has a bias for it. LDLM's token decoder
+    has none, and a bias would be one more tensor in its saved format, so it starts without.
+    """
     eye_DD = torch.eye(len(statistics.covariance_DD), dtype=torch.float64)
     return torch.linalg.solve(statistics.covariance_DD + RIDGE * eye_DD, statistics.with_head_DD).T.float()
 

@@ -25,7 +25,7 @@ from dllm_core.methods.protocol import Resources
 from dllm_core.methods.segments import segments_of
 from dllm_core.training.loop import Trainer
 from dllm_core.training.settings import TrainSettings
-from tests.ldlm_tools import LAYERS, SHAPE, extracted_anchors, moved
+from tests.ldlm_tools import LAYERS, SHAPE, extracted_anchors, moved, refusal
 from tests.method_tools import corrupt, split_losses
 from tests.sequences import random_sequences
 from tests.tiny import write_source
@@ -212,13 +212,6 @@ def test_cached_prompt_states_are_the_live_ones_and_the_first_is_hidden(converte
 # -- what is refused ------------------------------------------------------------------------------------------------
 
 
-def _refusal(call: Any) -> tuple[str, str]:
-    with pytest.raises(DllmError) as caught:
-        call()
-    problem, remedy = str(caught.value).split("\n")
-    return problem, remedy
-
-
 def test_cells_of_another_shape_layer_or_kind_are_refused(converted, tmp_path):
     method = Method.from_base(converted, Options(shape=SHAPE))
     method.save_pretrained(tmp_path / "cell")
@@ -228,18 +221,18 @@ def test_cells_of_another_shape_layer_or_kind_are_refused(converted, tmp_path):
         return Method.from_pretrained(directory or tmp_path / "cell", given, dtype=torch.float32, device="cpu")
 
     load()
-    problem, remedy = _refusal(lambda: load(shape=SHAPE.model_copy(update={"latent_dim": 8})))
+    problem, remedy = refusal(lambda: load(shape=SHAPE.model_copy(update={"latent_dim": 8})))
     assert "latent_dim = 12" in problem
     assert "8 was asked for" in problem
     assert "cell.json" in remedy
-    problem, _ = _refusal(lambda: load(layer=-2))
+    problem, _ = refusal(lambda: load(layer=-2))
     assert "layer = 2" in problem
     assert "3 was asked for" in problem
-    problem, _ = _refusal(lambda: load(shape=SHAPE.model_copy(update={"encoder_width": 32})))
+    problem, _ = refusal(lambda: load(shape=SHAPE.model_copy(update={"encoder_width": 32})))
     assert "encoder" in problem  # which weights do not fit, not only that some do not
-    problem, _ = _refusal(lambda: load(shape=SHAPE.model_copy(update={"token_head": "own"})))
+    problem, _ = refusal(lambda: load(shape=SHAPE.model_copy(update={"token_head": "own"})))
     assert "token_head_VD" in problem
-    problem, _ = _refusal(lambda: load(converted))
+    problem, _ = refusal(lambda: load(converted))
     assert "not an LDLM" in problem
 
 
@@ -266,7 +259,7 @@ def test_a_checkpoint_without_readable_embeddings_is_refused(converted, tmp_path
     shutil.copytree(converted, broken)
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:50])
-    problem, _ = _refusal(lambda: Method.from_base(broken, Options(shape=SHAPE)))
+    problem, _ = refusal(lambda: Method.from_base(broken, Options(shape=SHAPE)))
     assert "embed" in problem
-    problem, _ = _refusal(lambda: Method.from_base(converted, Options(shape=SHAPE, layer=-9)))
+    problem, _ = refusal(lambda: Method.from_base(converted, Options(shape=SHAPE, layer=-9)))
     assert "-9" in problem

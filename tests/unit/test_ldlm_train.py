@@ -14,13 +14,12 @@ from torch import Tensor
 from dllm_core.corruption.noise import NoiseSource
 from dllm_core.data.order import SampleOrder
 from dllm_core.data.sequences import SequenceSet
-from dllm_core.errors import DllmError
 from dllm_core.methods.ldlm.method import Method
 from dllm_core.methods.protocol import Resources
 from dllm_core.training.ema import Ema
 from dllm_core.training.loop import Callbacks, Trainer
 from dllm_core.training.settings import TrainSettings
-from tests.ldlm_tools import extracted_anchors, tiny_ldlm
+from tests.ldlm_tools import extracted_anchors, refusal, tiny_ldlm
 from tests.method_tools import step_info
 from tests.sequences import random_sequences
 from tests.tiny import NUM_TOKENS, tiny_backbone
@@ -118,7 +117,7 @@ def test_the_losses_fall_in_either_precision(anchored, tmp_path, dtype):
         assert sum(values[-5:]) < 0.95 * sum(values[:5]), part
     assert {p.dtype for p in method.parameters()} == {torch.float32}
     assert method.mean_D.dtype == torch.float32
-    assert rows[-1]["train/flops"] == pytest.approx(60 * 4 * 9 * method.options.training_flops(method.base.shape))
+    assert rows[-1]["train/flops"] == pytest.approx(60 * method.options.step_flops(method.base.shape, 4 * 9, 4 * 5))
     with_look = [row["step"] for row in rows if "train/reconstruction_accuracy" in row]
     assert with_look[0] == 1
     assert with_look[-1] == 60
@@ -224,27 +223,20 @@ def test_text_samples_while_training_change_nothing(anchored, tmp_path):
 # -- what is refused ------------------------------------------------------------------------------------------------
 
 
-def _refusal(call: Any) -> tuple[str, str]:
-    with pytest.raises(DllmError) as caught:
-        call()
-    problem, remedy = str(caught.value).split("\n")
-    return problem, remedy
-
-
 def test_missing_anchors_are_named(anchored, tmp_path):
     data, resources = anchored
-    problem, remedy = _refusal(lambda: _trainer(tmp_path / "a", (data, Resources())).run())
+    problem, remedy = refusal(lambda: _trainer(tmp_path / "a", (data, Resources())).run())
     assert "no anchor store" in problem
     assert "layer 2" in remedy
     other = random_sequences(10, 14, 5, NUM_TOKENS, seed=8)
-    problem, remedy = _refusal(lambda: _trainer(tmp_path / "b", (other, resources)).run())
+    problem, remedy = refusal(lambda: _trainer(tmp_path / "b", (other, resources)).run())
     assert other.keys[SampleOrder(10, 0)[0][0]][:12] in problem or "are not in" in problem
     assert "Run again" in remedy
     deeper = tiny_ldlm(move=0.0, layer=-2)
-    problem, _ = _refusal(lambda: _trainer(tmp_path / "c", anchored, deeper).run())
+    problem, _ = refusal(lambda: _trainer(tmp_path / "c", anchored, deeper).run())
     assert "hold layers 2, not '3'" in problem
     wide = tiny_ldlm(move=0.0, prompt_encoder="backbone")
-    problem, _ = _refusal(lambda: _trainer(tmp_path / "d", anchored, wide).run())
+    problem, _ = refusal(lambda: _trainer(tmp_path / "d", anchored, wide).run())
     assert "row 0 is read" in problem
 
 
@@ -254,15 +246,15 @@ def test_states_of_another_model_are_refused(anchored, tmp_path):
     wide = extracted_anchors(
         tmp_path / "wide", data, method.options, tiny_backbone("llama", layers=4, hidden=48, seed=1)
     )
-    problem, remedy = _refusal(lambda: _trainer(tmp_path / "a", (data, wide), method).run())
+    problem, remedy = refusal(lambda: _trainer(tmp_path / "a", (data, wide), method).run())
     assert "48 wide" in problem
     assert "32" in problem
     assert remedy
     store = type(resources.anchors)(resources.anchors.files.root, "another teacher", "fp32")
-    problem, _ = _refusal(lambda: _trainer(tmp_path / "b", (data, Resources(anchors=store)), method).run())
+    problem, _ = refusal(lambda: _trainer(tmp_path / "b", (data, Resources(anchors=store)), method).run())
     assert "another" in problem
 
 
 def test_parts_that_are_not_there_cannot_be_frozen(anchored, tmp_path):
-    problem, _ = _refusal(lambda: _trainer(tmp_path, anchored, freeze=("mlp",)))
+    problem, _ = refusal(lambda: _trainer(tmp_path, anchored, freeze=("mlp",)))
     assert "train.freeze" in problem

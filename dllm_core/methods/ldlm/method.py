@@ -132,7 +132,7 @@ class Method(LatentMethod):
             correct = self._reconstructed(inputs, found.latents_SLK)
             parts["reconstruction_accuracy"] = correct.sum() / tokens
         positions = int(cut.real_SL.numel())
-        flops = positions * self.options.training_flops(self.base.shape)
+        flops = self.options.step_flops(self.base.shape, positions, cut.prompt_SP.numel())
         return LossOutput(loss, parts, flops=flops, positions=positions)
 
     def _inputs(self, corrupted: Corrupted, cut: Segments, info: StepInfo, resources: Resources) -> objective.Inputs:
@@ -248,7 +248,8 @@ class Method(LatentMethod):
                 weights change between calls; `fast` is an error where there is none; see `fast.generate`.
 
         Returns:
-            Sequences on the CPU, prompt included. `num_forwards` counts every network.
+            Sequences on the CPU, prompt included. `num_forwards` counts every network. All noise is drawn on the CPU and
+            then moved, so that seed and sample id give the same noise on every device.
 
         Raises:
             DllmError: an empty prompt, lists of different lengths, or no fast path where it was insisted on.

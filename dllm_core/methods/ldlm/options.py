@@ -110,13 +110,23 @@ class Options(LatentOptions):
         )
 
     def training_flops(self, base: BaseShape) -> float:
-        """Return operations of a training step per response position, prompts left out.
+        """Return operations of a training step per response position, its share of prompt positions included."""
+        return self.step_flops(base, 1.0, base.positions_per_response_token - 1.0)
+
+    def step_flops(self, base: BaseShape, slots: float, prompt: float) -> float:
+        """Return operations of the loss, forward and backward.
 
         A backward costs two forwards, one where only the input's gradient is wanted (the frozen head). The first pass
-        of self-conditioning and both of the consistency term have no backward.
+        of self-conditioning and both of the consistency term have no backward, and read a prompt that is encoded once.
+
+        Args:
+            base: the base model's shape.
+            slots: response positions.
+            prompt: prompt positions.
         """
         flops = forward_flops(self.sizes, base)
         head = (2.0 if self.sizes.token_head == "frozen" else 3.0) * self.token_fraction * flops["token head"]
         trained = 3.0 * sum(flops[n] for n in ("latent encoder", "latent decoder", "token decoder", "denoiser"))
         free_passes = self.self_condition + (1.0 if self.consistency else 0.0)
-        return trained + head + free_passes * flops["denoiser"]
+        of_slots = trained + head + free_passes * flops["denoiser"]
+        return slots * of_slots + prompt * 3.0 * flops["prompt encoder"]
