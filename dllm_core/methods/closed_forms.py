@@ -74,7 +74,9 @@ def head_map(statistics: Statistics) -> Tensor:
     """Return the [D, D] matrix (rows: outputs) of the ridge regression from states to head rows of their tokens.
 
     The intercept, the mean head row of the tokens, is left to the caller: cola has a bias for it. LDLM's token decoder
-    has none, and a bias would be one more tensor in its saved format, so it starts without.
+    has none and starts without, since a bias would be one more tensor in its saved format. It costs: on layer 28 of
+    SmolLM2-135M (224 windows, 2,048 held-out tokens) the start reads tokens at 5.40 nats and .497 accuracy, with the
+    intercept at 4.57 and .515; what is left of that after training is not measured.
     """
     eye_DD = torch.eye(len(statistics.covariance_DD), dtype=torch.float64)
     return torch.linalg.solve(statistics.covariance_DD + RIDGE * eye_DD, statistics.with_head_DD).T.float()

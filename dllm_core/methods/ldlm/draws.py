@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dllm_core.corruption.adaptive_time import AdaptiveTimes, stratified
@@ -49,5 +48,5 @@ def weight_totals(response_BT: Tensor, extras: dict[str, Tensor]) -> dict[str, f
         "tokens": float(response_BT.sum()),
         "true_tokens": float((weight_BT * true_BT).sum()),
         "decoded_tokens": float((weight_BT * ~true_BT).sum()),
-        "samples": float(torch.tensor(len(response_BT))),
+        "samples": float(len(response_BT)),
     }

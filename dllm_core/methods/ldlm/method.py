@@ -248,8 +248,8 @@ class Method(LatentMethod):
                 weights change between calls; `fast` is an error where there is none; see `fast.generate`.
 
         Returns:
-            Sequences on the CPU, prompt included. `num_forwards` counts every network. All noise is drawn on the CPU and
-            then moved, so that seed and sample id give the same noise on every device.
+            Sequences on the CPU, prompt included. `num_forwards` counts every network. All noise is drawn on the CPU
+            and then moved, so that seed and sample id give the same noise on every device.
 
         Raises:
             DllmError: an empty prompt, lists of different lengths, or no fast path where it was insisted on.
