@@ -52,7 +52,6 @@ class CompareGrid(FlowSpec):
     def start(self):
         """Open the record of the run: database, experiment, parent run. Settings were checked before Metaflow began."""
         self.run = grid.open_run(current.run_id, self.settings, use_cache=not self.no_cache, command=self.command_line)
-        self.row_ids = self.run.row_ids()
         self.next(self.prepare_data)
 
     @step
@@ -71,6 +70,7 @@ class CompareGrid(FlowSpec):
     def extract_trajectories(self):
         """Store commit orders; a failure here fails only the rows that need them."""
         self.shared = explained(grid.prepare_trajectories, self.run, self.shared)
+        self.row_ids = self.run.training_order(self.shared.model.num_layers)
         self.next(self.train_and_evaluate, foreach="row_ids")
 
     @card(type="blank", refresh_interval=5)
@@ -84,14 +84,15 @@ class CompareGrid(FlowSpec):
     @step
     def collect(self, inputs):
         """Gather what became of the rows; a task that was killed left nothing, so the index tells which it was."""
-        self.run, self.shared = inputs[0].run, inputs[0].shared
-        self.outcomes = grid.collect(self.run, {i.index: getattr(i, "outcome", None) for i in inputs})
+        self.run, self.shared, self.row_ids = inputs[0].run, inputs[0].shared, inputs[0].row_ids
+        found = {i.index: getattr(i, "outcome", None) for i in inputs}
+        self.outcomes = grid.collect(self.run, self.row_ids, found)
         self.next(self.triage)
 
     @step
     def triage(self):
         """Send failed rows to repair."""
-        self.failed = grid.failed_rows(self.outcomes)
+        self.failed = grid.failed_rows(self.row_ids, self.outcomes)
         self.route = "repair" if self.failed else "benchmark"
         self.next({"repair": self.fan_repair, "benchmark": self.benchmark}, condition="route")
 

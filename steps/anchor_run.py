@@ -113,7 +113,7 @@ def _announce(work: AnchorWork, groups: list[_Group]) -> None:
     seconds = work.machine.seconds(todo * work.forward_flops(), calls, work.compute)
     free = readable_bytes(anchor_files.free_bytes(work.files.root))
     work.ctx.log(
-        f"anchors: {' and '.join(parts)} to compute, {readable_bytes(size)} in {work.files.dtype} ({free} free), "
+        f"{work.name}: {' and '.join(parts)} to compute, {readable_bytes(size)} in {work.files.dtype} ({free} free), "
         f"about {duration(seconds)} (estimate)"
     )
 
@@ -125,10 +125,11 @@ def _extract(
     import torch
 
     dtype = torch.bfloat16 if work.compute == "bf16" else torch.float32
-    backbone = Backbone.from_pretrained(work.model.path, dtype=dtype, device=work.machine.device)
+    backbone = Backbone.from_pretrained(work.teacher_dir(), dtype=dtype, device=work.machine.device)
     store = AnchorStore(work.files.root, work.files.teacher, work.files.dtype)
     todo = {key for group in groups for key in group.todo}
-    progress, finished = work.ctx.progress("cache_anchors", unit="sequence"), 0
+    name = "cache_anchors" if work.trained is None else f"{work.trained.cell}-anchors"
+    progress, finished = work.ctx.progress(name, unit="sequence"), 0
 
     def tell(done: int, _: int) -> None:
         progress(finished + done, len(todo))
@@ -147,7 +148,7 @@ def _extract(
 
 
 def _check(work: AnchorWork, error: float) -> None:
-    work.ctx.log(f"anchors: stored against live states: {error:.3f} standard deviations in the worst layer")
+    work.ctx.log(f"{work.name}: stored against live states: {error:.3f} standard deviations in the worst layer")
     if not error <= WORST_ERROR:
         raise StoreError(
             f"The anchors in {work.files.root} are {error:.2f} standard deviations off this model's states.",

@@ -1,4 +1,5 @@
-"""Hidden states of the frozen teacher, computed once for all rows and kept between runs.
+"""Hidden states of a frozen model, computed once for all rows and kept between runs: of the base model, the teacher
+of most rows, or of a trained cell that a row is built on. Both are read causally.
 
 The states lie in a store that runs share, one file per sequence, so that a larger budget, another layer or another cell
 computes only what is new. Rows differ in what they read: few layers of many sequences, or many layers of few. Each
@@ -12,7 +13,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,21 @@ if TYPE_CHECKING:
     from steps.prepare_model import ModelArtifact
 
 LIBRARIES = ("torch", "transformers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedTeacher:
+    """A trained cell whose states are kept, in place of the base model.
+
+    Attributes:
+        cell: the row that trained it.
+        identity: of its weights, known before they are there.
+        directory: returns where it lies, called once something is to be computed.
+    """
+
+    cell: str
+    identity: str
+    directory: Callable[[], Path]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,10 +138,10 @@ class AnchorArtifact:
 
 
 def cache_anchors(spec: GridSpec, model: ModelArtifact, data: DataArtifact, ctx: Context) -> AnchorArtifact | None:
-    """Bring the states into the store that the grid's rows read within their budget, for all seeds.
+    """Bring the states of the base model into the store that the grid's rows read within their budget, for all seeds.
 
     Returns:
-        None when no row reads anchors.
+        None when no row reads any.
 
     Raises:
         StoreError: an 8-bit store for rows that need whole states.
@@ -136,7 +152,12 @@ def cache_anchors(spec: GridSpec, model: ModelArtifact, data: DataArtifact, ctx:
 
 
 def cover_anchors(
-    spec: GridSpec, wanted: Sequence[WantedAnchors], model: ModelArtifact, data: DataArtifact, ctx: Context
+    spec: GridSpec,
+    wanted: Sequence[WantedAnchors],
+    model: ModelArtifact,
+    data: DataArtifact,
+    ctx: Context,
+    trained: TrainedTeacher | None = None,
 ) -> AnchorArtifact:
     """Bring the states of given needs into the store; computes only what is not there, each sequence once.
 
@@ -146,6 +167,7 @@ def cover_anchors(
         model: the converted base model; run causally it is the teacher.
         data: training and held-out sequences.
         ctx: run context.
+        trained: the trained cell that is the teacher instead.
 
     Raises:
         StoreError: an 8-bit store for a need of whole states, or a store that disagrees with the model.
@@ -155,11 +177,11 @@ def cover_anchors(
     for one in wanted:
         anchor_files.require_dtype_serves(dtype, one.positions)
     machine = probe(spec.runtime.device, spec.runtime.threads)
-    compute = machine.dtype(spec.train.dtype)
-    teacher = _teacher(model, compute, machine.device)
+    teacher = teacher_identity(model.identity if trained is None else trained.identity, spec)
     files = AnchorFiles(ctx.runs_dir / "cache" / "anchors-store" / teacher[:16] / dtype, teacher, dtype)
     started = time.perf_counter()
-    work = AnchorWork(spec, tuple(wanted), model, data, ctx, files, compute, machine)
+    compute = machine.dtype(spec.train.dtype)
+    work = AnchorWork(spec, tuple(wanted), model, data, ctx, files, compute, machine, trained)
     parts = tuple(work.part(one) for one in wanted)
     work.mark_store()
     return AnchorArtifact(
@@ -172,12 +194,18 @@ def cover_anchors(
     )
 
 
-def _teacher(model: ModelArtifact, compute: str, device: str) -> str:
-    """Name the teacher by all that its states depend on: weights, precision, device, code and libraries."""
+def teacher_identity(weights: str, spec: GridSpec) -> str:
+    """Name a teacher by all that its states depend on: weights, precision, device, code and libraries.
+
+    Args:
+        weights: identity of its weights.
+        spec: the grid's settings; `train.dtype` and `runtime` are read.
+    """
+    machine = probe(spec.runtime.device, spec.runtime.threads)
     told = {
-        "model": model.identity,
-        "compute": compute,
-        "device": device,
+        "model": weights,
+        "compute": machine.dtype(spec.train.dtype),
+        "device": machine.device,
         "sources": closure(["dllm_core.data.anchor_extraction"]),
         "libraries": library_versions(LIBRARIES),
     }
@@ -196,8 +224,18 @@ class AnchorWork:
     files: AnchorFiles
     compute: str
     machine: Machine
+    trained: TrainedTeacher | None = None
     covered: set[str] = field(default_factory=set)
     _filled: Mapping[WantedAnchors, Mapping[str, Any]] | None = None
+
+    @property
+    def name(self) -> str:
+        """What the log calls these states."""
+        return "anchors" if self.trained is None else f"anchors of {self.trained.cell}"
+
+    def teacher_dir(self) -> Path:
+        """Return where the teacher's weights lie."""
+        return Path(self.model.path) if self.trained is None else self.trained.directory()
 
     def part(self, one: WantedAnchors) -> AnchorPart:
         """Return the part of one need, computing what is missing for any of them."""
@@ -213,13 +251,13 @@ class AnchorWork:
             roots=["steps.cache_anchors"],
             libraries=LIBRARIES,
             build=lambda payload, _: self._build(one, payload),
-            label=f"{len(names)} sequences x {len(one.layers)} layers",
+            label=f"{len(names)} sequences x {len(one.layers)} layers{self._of_cell}",
         )
         result, hit = entry.result, entry.hit
         needed = _read_needed(entry.path)
         if hit and (absent := self.files.missing(needed, one.layers)):
             what = f"{len(absent)} of {len(needed)} chunks are no longer in {self.files.root}"
-            self.ctx.log(f"anchors: {what}: computing them again")
+            self.ctx.log(f"{self.name}: {what}: computing them again")
             result, hit = dict(self.fill(one)), False
         self.covered |= needed.keys()
         return AnchorPart(
@@ -251,14 +289,19 @@ class AnchorWork:
         home = self.files.root.parent
         home.mkdir(parents=True, exist_ok=True)
         if not (home / MANIFEST).exists():
-            told = {"key": home.name, "kind": home.parent.name, "label": f"hidden states of {self.model.source}"}
+            label = f"hidden states of {self.model.source}{self._of_cell}"
+            told = {"key": home.name, "kind": home.parent.name, "label": label}
             told |= {"run_id": self.ctx.run_id, "created": time.time(), "seconds": 0.0}
             write_json(home / MANIFEST, {**told, "material": {}, "result": {}, "files": {}})
         with contextlib.suppress(OSError):  # a store that can only be read still serves
             (home / USED).touch()
 
+    @property
+    def _of_cell(self) -> str:
+        return "" if self.trained is None else f", {self.trained.cell}"
+
     def forward_flops(self) -> float:
-        """Return operations of the teacher for one sequence."""
+        """Return operations of the teacher for one sequence; a trained cell is as large as the base model."""
         shape = ModelShape.from_config(read_config(Path(self.model.path)))
         return shape.teacher_flops(self.data.length)
 

@@ -68,15 +68,16 @@ def grid_cost(
     """Estimate everything."""
     sequences = _train_sequences(spec, data)
     factors = {row.cell: row.cost_factor for row in (*rows, *donors.values())}
-    costs = {row.row_id: row_cost(spec, row, factors, shape, sequences, machine) for row in rows}
-    anchors = anchor_costs(spec, rows, costs, shape, sequences)
+    trained = (*rows, *shared.built_upon)
+    costs = {row.row_id: row_cost(spec, row, factors, shape, sequences, machine) for row in trained}
+    anchors = anchor_costs(spec, trained, costs, shape, sequences)
     return GridCost(
         train_sequences=sequences,
-        rows=costs,
+        rows={row.row_id: costs[row.row_id] for row in rows},
         shared_s=shared_seconds(spec, rows, donors, shared, shape, data, machine, anchors, costs),
-        memories={row.row_id: row_memory(spec, row, shape, machine) for row in rows},
+        memories={row.row_id: row_memory(spec, row, shape, machine) for row in trained},
         anchors=anchors,
-        disk=disk_bytes(spec, rows, shared, anchors, shape),
+        disk=disk_bytes(spec, (*rows, *shared.built_upon * len(spec.seeds)), shared, anchors, shape),
     )
 
 

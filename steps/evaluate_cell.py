@@ -97,7 +97,8 @@ def evaluate_cell(
         data: held-out sequences, and training frequencies for the unigram floor.
         ctx: run context.
         anchors: frozen-teacher states, read by rows whose figures of health need those of held-out sequences; without
-            them such rows have no figures of health.
+            them such rows have no figures of health. A row that is built on another cell reads that cell's states,
+            which come with `trained`.
     """
     machine = probe(spec.runtime.device, spec.runtime.threads)
     dtype = machine.dtype(spec.eval.dtype)
@@ -105,6 +106,8 @@ def evaluate_cell(
     reference = _reference_text(spec, model, data, ctx, dtype, machine.device)
     options = room_options(row.cell.method).model_validate(row.cell.options)
     need = _heldout_states(options, model)
+    if need is not None and need.cell is not None:
+        anchors = trained.states if trained is not None else None
     states = anchors if need is not None and anchors is not None and anchors.find(need) is not None else None
     if need is not None and states is None:
         ctx.log(f"{row.row_id}: no states of held-out sequences at hand, so its figures of health are left out")

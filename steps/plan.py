@@ -71,7 +71,7 @@ def validate(
     _check_freeze(rows, model)
     data = check_data(spec.data)
     machine = machine or probe(spec.runtime.device, spec.runtime.threads)
-    shared = shared_work(rows)
+    shared = shared_work(rows, donors)
     cost = grid_cost(spec, rows, donors, shared, model.shape, data, machine)
     found = (
         _device_obstacle(spec, machine),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -18,7 +18,7 @@ from dllm_core.methods.requirements import (
     RoomOptions,
     TrajectoryNeed,
 )
-from params.errors import ParamsError
+from params.errors import ParamsError, did_you_mean
 from params.explain import explain
 from params.schema import CellSpec, GridSpec, TrainSpec
 
@@ -63,11 +63,13 @@ class SharedWork:
         anchors: (row id, need) of the rows that read the teacher's states.
         trajectories: (row id, need) of the rows that train on commit orders.
         prefixes: (row id, need) of the rows that continue from another cell's first part.
+        built_upon: cells that rows are built on without being rows: trained to the end, not measured.
     """
 
     anchors: tuple[tuple[str, AnchorNeed], ...]
     trajectories: tuple[tuple[str, TrajectoryNeed], ...]
     prefixes: tuple[tuple[str, PrefixNeed], ...]
+    built_upon: tuple[PlannedRow, ...] = ()
 
 
 def validate_options(cell: CellSpec) -> RoomOptions:
@@ -96,17 +98,27 @@ def plan_rows(spec: GridSpec, num_layers: int) -> tuple[tuple[PlannedRow, ...], 
     by_cell = {row.cell: row for row in reversed(rows)} | donors
     for row in by_cell.values():
         _check_prefix(spec, row, by_cell)
+        _check_built_on(row, by_cell)
         _check_trajectories(spec, row)
     return rows, donors
 
 
-def shared_work(rows: tuple[PlannedRow, ...]) -> SharedWork:
+def shared_work(rows: tuple[PlannedRow, ...], donors: Mapping[str, PlannedRow]) -> SharedWork:
     """Return what rows need that is prepared before they train."""
+    hidden = built_upon(rows, donors)
+    trained = (*rows, *hidden)
     return SharedWork(
-        anchors=tuple((r.row_id, a) for r in rows if (a := r.requirements.anchors)),
-        trajectories=tuple((r.row_id, t) for r in rows if (t := r.requirements.trajectories)),
-        prefixes=tuple((r.row_id, p) for r in rows if (p := r.requirements.prefix)),
+        anchors=tuple((r.row_id, a) for r in trained if (a := r.requirements.anchors)),
+        trajectories=tuple((r.row_id, t) for r in trained if (t := r.requirements.trajectories)),
+        prefixes=tuple((r.row_id, p) for r in trained if (p := r.requirements.prefix)),
+        built_upon=hidden,
     )
+
+
+def built_upon(rows: Sequence[PlannedRow], donors: Mapping[str, PlannedRow]) -> tuple[PlannedRow, ...]:
+    """Return the donors that rows are built on: trained to the end, though they are no rows."""
+    names = dict.fromkeys(a.cell for row in rows if (a := row.requirements.anchors) and a.cell in donors)
+    return tuple(donors[name] for name in names if name is not None)
 
 
 def _row(spec: GridSpec, cell: CellSpec, seed: int, num_layers: int) -> PlannedRow:
@@ -159,6 +171,36 @@ def _check_prefix(spec: GridSpec, row: PlannedRow, by_cell: dict[str, PlannedRow
                     "and the one continues from the other.",
                     f"Set both to the same value, or --set cells.{row.cell}.options.prefix_cell to another cell.",
                 )
+
+
+def _check_built_on(row: PlannedRow, by_cell: Mapping[str, PlannedRow]) -> None:
+    """Refuse a row whose states are those of no cell that trains the model itself."""
+    need = row.requirements.anchors
+    if need is None or need.cell is None:
+        return
+    able = [name for name, other in by_cell.items() if other.trains and not other.capabilities.latent]
+    if need.cell == row.cell:
+        raise ParamsError(f"cells.{row.cell} is built on itself.", did_you_mean(need.cell, able))
+    source = by_cell.get(need.cell)
+    if source is None:
+        raise ParamsError(
+            f"cells.{row.cell} is built on '{need.cell}', which is no cell of this grid nor of params/cells.",
+            did_you_mean(need.cell, able) if able else "Name a cell that trains the model, e.g. repr_align_all.",
+        )
+    chain = [row.cell, source.cell]
+    while (further := by_cell[chain[-1]].requirements.anchors) is not None and further.cell in by_cell:
+        chain.append(further.cell)
+        if further.cell in chain[:-1]:
+            raise ParamsError(
+                f"cells.{row.cell} is built on cells that are built on each other: {' on '.join(chain)}.",
+                "Build one of them on another cell.",
+            )
+    if not source.trains or source.capabilities.latent:
+        what = "trains networks of its own and holds no" if source.trains else "is only measured: it trains no"
+        raise ParamsError(
+            f"cells.{row.cell} is built on '{need.cell}', which {what} language model.",
+            "Name a cell that trains the model, e.g. repr_align_all.",
+        )
 
 
 def _check_trajectories(spec: GridSpec, row: PlannedRow) -> None:

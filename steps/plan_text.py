@@ -148,7 +148,8 @@ def _needs(row: PlannedRow) -> list[str]:
     needs, words = row.requirements, []
     if needs.anchors:
         count = len(needs.anchors.layers)
-        words.append(f"anchors of {count} layer{'s' if count > 1 else ''}")
+        whose = f" of {needs.anchors.cell} once trained" if needs.anchors.cell else ""
+        words.append(f"anchors of {count} layer{'s' if count > 1 else ''}{whose}")
     if needs.prefix:
         words.append(f"first {needs.prefix.share:.0%} of {needs.prefix.cell}")
     if needs.trajectories:
@@ -168,9 +169,16 @@ def _shared(plan: Plan) -> str:
         "prepare model": f"{plan.model.source}: {plan.model.found}",
         "prepare data": f"{plan.data.source}: {_data(plan)}",
     }
+    of_base = [a for a in plan.cost.anchors if a.need.cell is None]
+    of_cells = [a for a in plan.cost.anchors if a.need.cell is not None]
     if plan.cost.anchors:
         of_disk = f"{plan.spec.anchors.dtype}, {_bytes(plan.cost.disk['anchors'])} in all"
-        details["cache anchors"] = f"teacher states, {of_disk}"
+        if of_base:
+            details["cache anchors"] = f"teacher states, {of_disk}"
+        if plan.shared.built_upon:
+            details["train cells to build on"] = ", ".join(row.cell for row in plan.shared.built_upon)
+        if of_cells:
+            details["cache trained states"] = f"states of cells, once they are trained, {plan.spec.anchors.dtype}"
     if plan.shared.prefixes:
         details["train shared prefixes"] = ", ".join(
             dict.fromkeys(f"first {p.share:.0%} of {p.cell}" for _, p in plan.shared.prefixes)
@@ -185,8 +193,8 @@ def _shared(plan: Plan) -> str:
     for name, what in details.items():
         seconds = plan.cost.shared_s.get(name)
         table.append((name, duration(seconds) if seconds is not None else "(in its row)", what))
-        if name == "cache anchors":
-            table += [("", "", _anchors(anchor)) for anchor in plan.cost.anchors]
+        read = {"cache anchors": of_base, "cache trained states": of_cells}.get(name, [])
+        table += [("", "", _anchors(anchor)) for anchor in read]
     return _table(table)
 
 
@@ -200,8 +208,10 @@ _POSITIONS = {
 def _anchors(cost: AnchorCost) -> str:
     """Return one distinct need of teacher states in words."""
     heldout = f" and {cost.heldout:,} held-out" if cost.heldout else ""
-    what = f"{_layers(cost.need.layers)}, {_POSITIONS[cost.need.positions]}, {cost.sequences:,}{heldout} sequences"
-    return f"- {', '.join(cost.rows)}: {what}, {_bytes(cost.num_bytes)} alone"
+    whose = f"{cost.need.cell}, " if cost.need.cell else ""
+    what = f"{whose}{_layers(cost.need.layers)}, {_POSITIONS[cost.need.positions]}"
+    count = f"{cost.sequences:,}{heldout} sequences, {_bytes(cost.num_bytes)} alone"
+    return f"- {', '.join(cost.rows)}: {what}, {count}"
 
 
 def _data(plan: Plan) -> str:

@@ -52,14 +52,17 @@ def anchor_costs(
     for row in rows:
         need = row.requirements.anchors
         if need is not None:
-            found.setdefault((need.layers, need.positions, need.heldout), []).append(row)
+            found.setdefault((need.layers, need.positions, need.heldout, need.cell), []).append(row)
     made = []
     for readers in found.values():
         need = readers[0].requirements.anchors
         assert need is not None
         count = max(costs[row.row_id].distinct for row in readers) * len(spec.seeds)
-        count = min(count, sequences) if sequences is not None else count
         heldout = spec.data.heldout_sequences if need.heldout else 0
+        if need.cell is not None:  # every seed has a trained cell of its own, and that has a store of its own
+            heldout *= len(spec.seeds)
+        elif sequences is not None:
+            count = min(count, sequences)
         rows_of_sequence = _stored_rows(spec, [need])
         size = anchor_bytes(shape, count + heldout, rows_of_sequence, len(need.layers), spec.anchors.dtype)
         names = tuple(row.row_id for row in readers)
@@ -68,7 +71,15 @@ def anchor_costs(
 
 
 def anchor_disk(spec: GridSpec, anchors: Sequence[AnchorCost], shape: ModelShape) -> float:
-    """Return bytes of the store: what several needs read of a sequence is there once.
+    """Return bytes of all stores: what several needs read of a sequence is there once for each model."""
+    return sum(
+        _store_bytes(spec, [a for a in anchors if a.need.cell == cell], shape)
+        for cell in dict.fromkeys(a.need.cell for a in anchors)
+    )
+
+
+def _store_bytes(spec: GridSpec, anchors: Sequence[AnchorCost], shape: ModelShape) -> float:
+    """Return bytes of one model's store.
 
     All rows follow the common order, so that the sequences of a need are among those of any larger one.
     """
@@ -76,8 +87,8 @@ def anchor_disk(spec: GridSpec, anchors: Sequence[AnchorCost], shape: ModelShape
     for count in sorted({a.sequences for a in anchors}):
         total += _union_bytes(spec, [a.need for a in anchors if a.sequences >= count], shape, count - before)
         before = count
-    readers = [a.need for a in anchors if a.heldout]
-    return total + (_union_bytes(spec, readers, shape, spec.data.heldout_sequences) if readers else 0.0)
+    readers = [a for a in anchors if a.heldout]
+    return total + (_union_bytes(spec, [a.need for a in readers], shape, readers[0].heldout) if readers else 0.0)
 
 
 def _union_bytes(spec: GridSpec, needs: Sequence[AnchorNeed], shape: ModelShape, sequences: int) -> float:
@@ -121,13 +132,19 @@ def shared_seconds(
         tokens = scratch.batch_size * scratch.length
         flops = scratch.steps * 3.0 * shape.forward_flops(tokens, scratch.length, tokens)
         pieces["prepare model"] += machine.seconds(flops, scratch.steps, "fp32")
-    if anchors:
-        covered = max(a.sequences for a in anchors) + max(a.heldout for a in anchors)
-        pieces["cache anchors"] = machine.seconds(covered * forward, covered / 8, dtype)
+    for name, cells in (("cache anchors", {None}), ("cache trained states", {a.need.cell for a in anchors} - {None})):
+        for cell in cells:
+            read = [a for a in anchors if a.need.cell == cell]
+            if read:
+                covered = max(a.sequences for a in read) + max(a.heldout for a in read)
+                pieces[name] = pieces.get(name, 0.0) + machine.seconds(covered * forward, covered / 8, dtype)
+    if shared.built_upon:
+        seconds = sum(costs[row.row_id].train_s for row in shared.built_upon)
+        pieces["train cells to build on"] = seconds * len(spec.seeds)
     prefix_s = 0.0
     for row_id, need in shared.prefixes:
         if need.cell in donors:  # no row trains it anyway
-            row = next(r for r in rows if r.row_id == row_id)
+            row = next(r for r in (*rows, *shared.built_upon) if r.row_id == row_id)
             donor = donors[need.cell]
             steps = need.share * costs[row_id].steps
             prefix_s += machine.seconds(steps * step_flops(spec, donor, shape), steps, machine.dtype(row.train.dtype))

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dllm_core.methods.registry import room_options
+from steps.cell_states import finished_source
 from steps.extract_trajectories import row_trajectories
 from steps.shared_training import seconds_per_step, shared_prefix
-from steps.training_plan import Surroundings, TrainJob, covering_anchors, plan_job, prefix_wanted
+from steps.training_plan import CELL, Surroundings, TrainJob, covering_anchors, plan_job, prefix_wanted
 
 if TYPE_CHECKING:
     from dllm_core.training.result import TrainResult
@@ -32,11 +33,13 @@ class TrainedCell:
         summary: cost and outcome. Own work: steps, response_tokens, positions, wall_s (seconds of training),
             tokens_per_s, peak_memory_gb, trainable_params, new_params, distinct_samples, final_loss, final_losses.
             With what the row is charged for work that others share: flops (all of it), teacher_flops,
-            extraction_flops and extraction_s (anchors and commit orders, as if made for this row alone).
+            extraction_flops and extraction_s (anchors, commit orders and the cell that it is built on, as if made for
+            this row alone).
         key: cache key.
         hit: it came from the cache.
         origin: run that trained it.
         seconds: what building the entry took.
+        states: states of the cell that the row is built on; None for a row that starts from the base model.
     """
 
     cell_dir: str
@@ -46,6 +49,7 @@ class TrainedCell:
     hit: bool
     origin: str
     seconds: float
+    states: AnchorArtifact | None = None
 
 
 def train_cell(
@@ -60,8 +64,9 @@ def train_cell(
     """Train a row, or find the result.
 
     A row that branches off another one starts from that row's first part, which is a cached step of its own; the
-    other row continues from the same checkpoint when it is there or somebody needs it. `DLLM_FAIL_CELL=NAME` makes
-    the row or cell of that name raise half-way (a hook for tests).
+    other row continues from the same checkpoint when it is there or somebody needs it. A row that is built on another
+    one finds that one finished, or finishes it, and reads its states. `DLLM_FAIL_CELL=NAME` makes the row or cell of
+    that name raise half-way (a hook for tests).
 
     Args:
         spec: the grid's settings.
@@ -79,33 +84,42 @@ def train_cell(
         return TrainedCell("", "", _only_measured(), "", True, ctx.run_id, 0.0)
     around = Surroundings(spec=spec, model=model, data=data, anchors=anchors, ctx=ctx)
     job = plan_job(row, around, seconds_per_step)
-    request = job.cell_request()
-
-    def build(payload: Path, work: Path) -> dict[str, Any]:
-        return _build(job, payload, work)
-
-    entry = ctx.cache.get_or_build(**request.arguments(), build=build)
+    entry = finished(job)
     return TrainedCell(
-        cell_dir=str(entry.path / "cell"),
+        cell_dir=str(entry.path / CELL),
         metrics_path=str(entry.path / "metrics.jsonl"),
         summary=entry.result,
         key=entry.key,
         hit=entry.hit,
         origin=entry.origin,
         seconds=entry.seconds,
+        states=None if job.source is None else covering_anchors(job),
     )
 
 
+def finished(job: TrainJob) -> Entry:
+    """Return the cached, finished training of a row: `cell/`, `metrics.jsonl` and the summary."""
+
+    def build(payload: Path, work: Path) -> dict[str, Any]:
+        return _build(job, payload, work)
+
+    return job.around.ctx.cache.get_or_build(**job.cell_request().arguments(), build=build)
+
+
 def _build(job: TrainJob, payload: Path, work: Path) -> dict[str, Any]:
+    source = None if job.source is None else finished_source(job)
+    if source is not None:
+        job = replace(job, source_dir=source.path / CELL)
     anchors = covering_anchors(job)
-    job = replace(job, around=replace(job.around, anchors=anchors or job.around.anchors))
+    if source is None:
+        job = replace(job, around=replace(job.around, anchors=anchors or job.around.anchors))
     prefix = _prefix(job)
     orders = None if job.trajectories is None else row_trajectories(job)
 
     from steps.train_run import train_cell as run
 
     def charged(result: TrainResult) -> dict[str, float]:
-        return _charged(job, result, anchors, orders)
+        return _charged(job, result, anchors, orders, source)
 
     return run(
         job,
@@ -127,7 +141,7 @@ def _prefix(job: TrainJob) -> Entry | None:
 
 
 def _charged(
-    job: TrainJob, result: TrainResult, anchors: AnchorArtifact | None, orders: Entry | None
+    job: TrainJob, result: TrainResult, anchors: AnchorArtifact | None, orders: Entry | None, source: Entry | None
 ) -> dict[str, float]:
     seconds = teacher = extraction = 0.0
     need = job.requirements.anchors
@@ -136,6 +150,9 @@ def _charged(
     if orders is not None:
         seconds += orders.result["seconds"]
         extraction = orders.result["flops"]
+    if source is not None:
+        seconds += source.result["wall_s"] + source.result["extraction_s"]
+        extraction += source.result["flops"]
     return {"extraction_s": seconds, "teacher_flops": teacher, "extraction_flops": extraction}
 
 

@@ -46,7 +46,7 @@ def build_method(job: TrainJob) -> Method:
         torch.set_num_threads(around.spec.runtime.threads)
     with torch.random.fork_rng():  # modules that the base model does not have start alike in every process
         torch.manual_seed(job.seed)
-        return room_method(job.room).from_base(Path(around.model.path), job.options, device=around.device)
+        return room_method(job.room).from_base(job.base_dir(), job.options, device=around.device)
 
 
 class Recorder:

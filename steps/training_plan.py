@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dllm_core.data.order import SampleOrder
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from steps.prepare_model import ModelArtifact
 
 LIBRARIES = ("torch", "transformers", "safetensors")
+CELL = "cell"
+"""Directory of the cell in the cached result of its training."""
 _NO_STEPS_YET = 1
 
 
@@ -57,6 +60,8 @@ class TrainJob:
         around: model, data, stores and context.
         branch: the job whose first `branch_at` steps this one continues from; None starts at the base model.
         branch_at: finished steps of that part.
+        source: the job of the cell that this one is built on, whose states it reads; None: the base model.
+        source_dir: where that cell lies, once it has been looked up.
     """
 
     row_id: str
@@ -68,6 +73,8 @@ class TrainJob:
     around: Surroundings
     branch: TrainJob | None = None
     branch_at: int = 0
+    source: TrainJob | None = None
+    source_dir: Path | None = None
 
     @property
     def requirements(self) -> Requirements:
@@ -83,6 +90,20 @@ class TrainJob:
     def trajectories(self) -> TrajectoryNeed | None:
         """The commit orders it trains on."""
         return self.requirements.trajectories
+
+    def base_dir(self) -> Path:
+        """Return where the model it starts from lies: the base model, or the cell it is built on, trained by now.
+
+        Raises:
+            DllmError: that cell could not be trained.
+        """
+        if self.source is None:
+            return Path(self.around.model.path)
+        if self.source_dir is not None:
+            return self.source_dir
+        from steps.cell_states import finished_source
+
+        return finished_source(self).path / CELL
 
     def samples(self) -> tuple[int, ...]:
         """Return the training sequences it may present, ascending."""
@@ -119,7 +140,11 @@ class TrainJob:
 
     def _inputs(self) -> dict[str, str]:
         inputs = {"model": self.around.model.identity, "data": self.around.data.train_fingerprint}
-        if self.requirements.anchors is not None:
+        if self.source is not None:
+            from steps.cell_states import teacher_of
+
+            inputs["teacher"] = f"{teacher_of(self)}/{self.around.spec.anchors.dtype}"
+        elif self.requirements.anchors is not None:
             anchors = self.around.anchors
             if anchors is None:
                 raise DllmError(f"Row '{self.row_id}' reads anchors, and there are none.", "Run cache_anchors first.")
@@ -199,10 +224,12 @@ def plan_job(row: RowSpec, around: Surroundings, seconds_per_step: SecondsPerSte
         DllmError: a budget that cannot be turned into steps.
     """
     options = room_options(row.cell.method).model_validate(row.cell.options)
-    prefix = options.requirements(around.model.num_layers).prefix
+    needs = options.requirements(around.model.num_layers)
+    prefix = needs.prefix
     if prefix is None:
-        job = _job(row, options, around, _NO_STEPS_YET)
-        return _job(row, options, around, own_steps(job, seconds_per_step))
+        source = _source(row, needs, around, seconds_per_step)
+        job = _job(row, options, around, _NO_STEPS_YET, source=source)
+        return _job(row, options, around, own_steps(job, seconds_per_step), source=source)
     donor = plan_job(around.spec.row_spec(prefix.cell, row.seed), around, seconds_per_step)
     branch_at = share_of_steps(prefix.share, donor.settings.steps)
     if not 0 < branch_at < donor.settings.steps:
@@ -218,6 +245,16 @@ def plan_job(row: RowSpec, around: Surroundings, seconds_per_step: SecondsPerSte
     return _job(row, options, around, steps, branch=donor, branch_at=branch_at, phase_starts=starts)
 
 
+def _source(
+    row: RowSpec, needs: Requirements, around: Surroundings, seconds_per_step: SecondsPerStep
+) -> TrainJob | None:
+    """Return the job of the cell that a row is built on, with the row's seed; what it tells is not told of the row."""
+    if needs.anchors is None or needs.anchors.cell is None:
+        return None
+    quiet = replace(around, ctx=replace(around.ctx, listeners=[]))
+    return plan_job(around.spec.row_spec(needs.anchors.cell, row.seed), quiet, seconds_per_step)
+
+
 def prefix_wanted(job: TrainJob, seconds_per_step: SecondsPerStep) -> int | None:
     """Return after how many steps another row of the grid branches off this one, or None."""
     if job.branch is not None:
@@ -230,8 +267,8 @@ def prefix_wanted(job: TrainJob, seconds_per_step: SecondsPerStep) -> int | None
     return None
 
 
-def _job(row: RowSpec, options: RoomOptions, around: Surroundings, steps: int, **branch: Any) -> TrainJob:
-    starts = branch.pop("phase_starts", None)
+def _job(row: RowSpec, options: RoomOptions, around: Surroundings, steps: int, **origin: Any) -> TrainJob:
+    starts = origin.pop("phase_starts", None)
     settings = TrainSettings.from_spec(
         row.train.model_dump(),
         steps=steps,
@@ -247,7 +284,7 @@ def _job(row: RowSpec, options: RoomOptions, around: Surroundings, steps: int, *
         options=options,
         settings=settings,
         around=around,
-        **branch,
+        **origin,
     )
 
 
@@ -257,6 +294,10 @@ def covering_anchors(job: TrainJob) -> AnchorArtifact | None:
     from steps.cache_anchors import cover_anchors
 
     around, need = job.around, job.requirements.anchors
+    if job.source is not None:
+        from steps.cell_states import cell_anchors
+
+        return cell_anchors(job)
     if need is None or around.anchors is None:
         return None
     (wanted,) = wanted_by([job])

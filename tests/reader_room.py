@@ -22,10 +22,15 @@ class Options(RoomOptions):
     positions: str = "response"
     heldout: bool = True
     sequences: int | None = None
+    cell: str | None = None
 
     def requirements(self, num_layers):
         need = AnchorNeed(
-            layers=(self.layer,), positions=self.positions, heldout=self.heldout, sequences=self.sequences
+            layers=(self.layer,),
+            positions=self.positions,
+            heldout=self.heldout,
+            sequences=self.sequences,
+            cell=self.cell,
         )
         return Requirements(anchors=need)
 

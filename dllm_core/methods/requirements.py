@@ -13,7 +13,7 @@ StateClass = Literal["response_predictors", "response", "all"]
 
 @dataclass(frozen=True, kw_only=True)
 class AnchorNeed:
-    """Frozen-teacher hidden states a room reads.
+    """Hidden states of a frozen model, read causally, that a room trains on.
 
     Attributes:
         layers: "embed", 1-indexed block outputs "1".."N-1", and "final" (the last block after the final norm).
@@ -22,12 +22,15 @@ class AnchorNeed:
         heldout: states of the held-out sequences are read too, by `Method.diagnose`.
         sequences: the room loops over this many distinct training sequences, the first of the common order; its
             `select_samples` must agree (`SampleOrder.looped`). None: the whole training set.
+        cell: the frozen model is this cell of the grid, once it is trained with the row's own seed, and the row is
+            built on it: `Method.from_base` is given that cell's directory. None: the converted base model.
     """
 
     layers: tuple[str, ...]
     positions: StateClass = "all"
     heldout: bool = False
     sequences: int | None = None
+    cell: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -158,13 +158,19 @@ def killed_outcome(row_id: str) -> RowOutcome:
     return RowOutcome(row_id, failure=killed(row_id))
 
 
-def collect(run: GridRun, found: dict[int, RowOutcome | None]) -> list[RowOutcome]:
-    """Return outcomes in table order, from {foreach index: outcome or None}; leave word of each failure."""
-    outcomes = [found.get(i) or killed_outcome(row_id) for i, row_id in enumerate(run.row_ids())]
-    for outcome in outcomes:
+def collect(run: GridRun, trained: Sequence[str], found: dict[int, RowOutcome | None]) -> list[RowOutcome]:
+    """Return outcomes in table order and leave word of each failure.
+
+    Args:
+        run: the run.
+        trained: row ids in the order in which they were trained.
+        found: place in that order -> outcome, None where a task left nothing behind.
+    """
+    outcomes = {row_id: found.get(i) or killed_outcome(row_id) for i, row_id in enumerate(trained)}
+    for outcome in outcomes.values():
         if outcome.failure is not None:
             leave_word(outcome.failure)
-    return outcomes
+    return [outcomes[row_id] for row_id in run.row_ids()]
 
 
 def merge(outcomes: Iterable[RowOutcome], repaired: Iterable[RowOutcome]) -> list[RowOutcome]:
@@ -173,6 +179,7 @@ def merge(outcomes: Iterable[RowOutcome], repaired: Iterable[RowOutcome]) -> lis
     return [better.get(o.row_id, o) for o in outcomes]
 
 
-def failed_rows(outcomes: Iterable[RowOutcome]) -> list[str]:
-    """Return the ids of failed rows."""
-    return [o.row_id for o in outcomes if not o.ok]
+def failed_rows(trained: Sequence[str], outcomes: Iterable[RowOutcome]) -> list[str]:
+    """Return the ids of failed rows, in the order in which they are trained."""
+    failed = {o.row_id for o in outcomes if not o.ok}
+    return [row_id for row_id in trained if row_id in failed]

@@ -14,7 +14,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from params import GridSpec
+from dllm_core.methods.registry import room_options
+from params import GridSpec, RowSpec
 from steps.context import ROOT, Context, Listener, default_runs_dir
 from steps.failures import Failure, RowFailed, describe, leave_word
 from steps.locks import gpu_lock
@@ -75,6 +76,29 @@ class GridRun:
     def row_ids(self) -> list[str]:
         """Return the rows in table order."""
         return [row.row_id for row in self.spec.rows()]
+
+    def training_order(self, num_layers: int) -> list[str]:
+        """Return the rows in table order, except that a row comes after the one that it is built on.
+
+        That one is then there when it is needed. Where rows are trained side by side the later one waits for it.
+
+        Args:
+            num_layers: blocks of the base model.
+        """
+        rows = {row.row_id: row for row in self.spec.rows()}
+        ordered: dict[str, None] = {}
+
+        def place(row: RowSpec) -> None:
+            options = room_options(row.cell.method).model_validate(row.cell.options)
+            need = options.requirements(num_layers).anchors
+            source = None if need is None or need.cell is None else rows.get(self.spec.row_id(need.cell, row.seed))
+            if source is not None and source.row_id not in ordered:
+                place(source)
+            ordered[row.row_id] = None
+
+        for row in rows.values():
+            place(row)
+        return list(ordered)
 
     def context(self, listeners: Sequence[Listener] = ()) -> Context:
         """Return the surroundings of a step in this process."""

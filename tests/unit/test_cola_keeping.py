@@ -197,10 +197,13 @@ def test_the_cell_of_the_grid_is_valid_and_planned():
     assert Options(anchor_sequences=7).requirements(30).anchors.sequences == 7
 
 
-def test_states_of_a_trained_cell_are_refused_with_what_is_missing():
-    problem, remedy = refusal(lambda: Options(backbone="repr_align").requirements(30))
-    assert "trained cell" in problem
-    assert "backbone: ar" in remedy
+def test_the_states_are_those_of_the_base_model_or_of_the_cell_that_is_named():
+    assert Options().requirements(30).anchors.cell is None
+    assert Options(backbone="ar").requirements(30) == Options().requirements(30)
+    named = Options(backbone="repr_align_all", anchor_sequences=7).requirements(30).anchors
+    assert (named.cell, named.layers, named.positions, named.sequences) == ("repr_align_all", ("28",), "all", 7)
+    with pytest.raises(ValidationError):
+        Options(backbone="../elsewhere")
 
 
 @pytest.mark.parametrize("bad", [{"encoder_width": 0}, {"prior_width": 100, "head_width": 32}, {"latent_dim": 0}])

@@ -1,16 +1,18 @@
-"""Options of Cola DLM (arXiv:2605.06548) on frozen states of an autoregressive model."""
+"""Options of Cola DLM (arXiv:2605.06548) on frozen states of an autoregressive model, or of a cell made from it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from dllm_core.errors import DllmError
 from dllm_core.methods.cola.shapes import SHAPES, Shape, forward_flops, parameter_table
 from dllm_core.methods.latent_options import LatentOptions, Share, named_sizes
 from dllm_core.methods.requirements import AnchorNeed, BaseShape, Capabilities, NetworkCost, Requirements
+
+AR = "ar"
+"""As `backbone`: the unconverted model, which trains nothing."""
 
 
 class Options(LatentOptions):
@@ -18,7 +20,9 @@ class Options(LatentOptions):
 
     Attributes:
         shape: name of a set of sizes, or the sizes themselves; K, the latent width of a token, is one of them.
-        backbone: whose states; `ar` is the unconverted model, read causally. `repr_align` is refused (see
+        backbone: whose states; `ar` is the unconverted model, any other name a cell of the grid that trains the model
+            itself, e.g. repr_align_all: it is trained first, then its states are cached under its own identity, and
+            its embeddings are read out along. Read causally, whatever attention the cell was trained with (see
             `requirements`).
         block_size: tokens per block of the prior, from the start of a document.
         vae_share: part of the budget for the autoencoder; the prior gets the rest.
@@ -46,7 +50,7 @@ class Options(LatentOptions):
     """
 
     shape: str | Shape = "laptop"
-    backbone: Literal["ar", "repr_align"] = "ar"
+    backbone: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")] = AR
     block_size: PositiveInt = 16
     vae_share: Annotated[float, Field(gt=0, lt=1)] = 0.4
     settle: Share = 0.1
@@ -86,19 +90,25 @@ class Options(LatentOptions):
     def requirements(self, num_layers: int) -> Requirements:
         """Ask for one layer's states of prompts and responses, held-out sequences included.
 
+        States are read in one causal pass over clean tokens, those of a cell that was trained to see both sides too:
+        state i then follows from the tokens 0..i alone. That is what the autoencoder promises (changing token j leaves
+        the latents before j as they are) and what makes the prompt's states in generating those of training. A pass
+        that sees both sides would give neither: in training the states of a prompt would hold its response, in
+        generating there is none, and masks in its place would tie them to the length asked for. The price: the cell
+        runs with an attention that it was not trained with. One pass a prefix would keep its own attention, at as many
+        passes as there are tokens.
+
         Raises:
-            DllmError: unknown shape or layer, or `backbone: repr_align`, whose states nothing computes: anchors are
-                those of the base model, stored before any cell is trained, and no need can name a trained cell.
+            DllmError: unknown shape or layer.
         """
         _ = self.sizes
-        if self.backbone != "ar":
-            raise DllmError(
-                "backbone: repr_align needs states of a trained cell, and anchors hold those of the base model alone.",
-                "Use backbone: ar. Missing: an anchor need that names a cell, and a step that caches it once trained.",
-            )
         return Requirements(
             anchors=AnchorNeed(
-                layers=(self.layer_name(num_layers),), positions="all", heldout=True, sequences=self.anchor_sequences
+                layers=(self.layer_name(num_layers),),
+                positions="all",
+                heldout=True,
+                sequences=self.anchor_sequences,
+                cell=None if self.backbone == AR else self.backbone,
             )
         )
 
