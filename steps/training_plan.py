@@ -230,6 +230,7 @@ def plan_job(row: RowSpec, around: Surroundings, seconds_per_step: SecondsPerSte
         source = _source(row, needs, around, seconds_per_step)
         job = _job(row, options, around, _NO_STEPS_YET, source=source)
         return _job(row, options, around, own_steps(job, seconds_per_step), source=source)
+    assert needs.anchors is None or needs.anchors.cell is None, "a branch starts from its prefix, not from a cell"
     donor = plan_job(around.spec.row_spec(prefix.cell, row.seed), around, seconds_per_step)
     branch_at = share_of_steps(prefix.share, donor.settings.steps)
     if not 0 < branch_at < donor.settings.steps:

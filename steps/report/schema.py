@@ -46,7 +46,7 @@ class CostResult(_Part):
     teacher_flops: float = Field(description="FLOPs of the frozen teacher for what this row reads")
     train_s: float = Field(description="wall time of training, seconds")
     extraction_s: float = Field(
-        description="wall time of anchors and trajectories this row reads, seconds, stand-alone"
+        description="wall time of what this row reads (anchors, trajectories) and is built on, seconds, stand-alone"
     )
     peak_memory_gb: float | None = None
     trainable_params: int
