@@ -128,3 +128,33 @@ def test_killed_in_the_middle_of_training_it_goes_on_and_ends_at_the_same_bits(t
     metrics = next(lines.rglob("metrics.jsonl")).read_text().splitlines()
     steps = [json.loads(line)["step"] for line in metrics if "train/loss" in json.loads(line)]
     assert steps == sorted(set(steps)), "a step is written once, however often the run was interrupted"
+
+
+@pytest.mark.slow
+def test_a_row_is_trained_after_the_cell_that_it_is_built_on_and_fails_with_it(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    cells = "cola,random_mask,repr_align_all"
+    options = "backbone=repr_align_all", "shape=smoke", "layer=-2"
+    settings = ",".join(f"cells.cola.options.{option}" for option in options)
+    done = run(runs, "run", "--preset", "test", "--cells", cells, "--set", settings, DLLM_FAIL_CELL="repr_align_all")
+    assert done.returncode == 1
+    assert "cell 'cola' failed in train_cell: 'cola' is built on 'repr_align_all', whose training failed" in done.stderr
+    assert "Mend 'repr_align_all' first, then resume" in done.stderr
+    command = re.search(r"python \S*compare_grid\.py (resume --origin-run-id \d+)", done.stderr)
+    assert command, done.stderr
+    done = run(runs, *command[1].split())
+    assert done.returncode == 0, done.stderr[-2000:]
+    trained = dict.fromkeys(re.findall(r"\[(\w+)\] step \d+/10 loss", done.stdout))
+    assert list(trained) == ["repr_align_all", "cola"]
+    assert "anchors of repr_align_all: 48 of 48 sequences x 1 layers to compute" in done.stdout
+    found = {c.row_id: c for c in results(runs).cells}
+    assert list(found) == cells.split(","), "the table keeps its order"
+    cost, donor = found["cola"].cost, found["repr_align_all"].cost
+    assert cost is not None
+    assert donor is not None
+    assert cost.flops > cost.teacher_flops + donor.flops
+    assert cost.extraction_s > donor.train_s + donor.extraction_s
+    kept = runs / "reports" / "latest" / "cells"
+    assert os.path.samefile(
+        kept / "cola" / "prompt_backbone" / "model.safetensors", kept / "repr_align_all" / "model.safetensors"
+    )
