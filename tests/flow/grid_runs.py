@@ -13,7 +13,17 @@ from steps.report.schema import Results
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOW = ROOT / "flows" / "compare_grid.py"
-ROWS = ["ar", "ar_tuned", "random_mask", "repr_align_4", "repr_align_all", "repr_align_trajectory", "ldlm"]
+ROWS = [
+    "ar",
+    "ar_tuned",
+    "random_mask",
+    "repr_align_4",
+    "repr_align_all",
+    "repr_align_trajectory",
+    "ldlm",
+    "vfm",
+    "cola",
+]
 
 
 def environment(runs: Path, **extra: str) -> dict[str, str]:
