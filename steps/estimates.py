@@ -112,11 +112,21 @@ class ModelShape:
         """FLOPs of the frozen model over one sequence of which hidden states are kept: no head."""
         return self.forward_flops(length, length, 0)
 
-    def base(self, *, converted: bool) -> BaseShape:
-        """Return what rooms with networks of their own size them by; `converted` if the mask row is there already."""
+    def base(self, *, converted: bool, positions_per_response_token: float) -> BaseShape:
+        """Return what rooms with networks of their own size them by.
+
+        Args:
+            converted: the mask row is there already.
+            positions_per_response_token: length of a sequence over its response tokens.
+        """
         vocab = self.vocab if converted else -(-(self.vocab + 1) // ROW_MULTIPLE) * ROW_MULTIPLE
-        parameters = replace(self, vocab=vocab).parameters
-        return BaseShape(hidden=self.hidden, layers=self.layers, vocab=vocab, parameters=parameters)
+        return BaseShape(
+            hidden=self.hidden,
+            layers=self.layers,
+            vocab=vocab,
+            parameters=replace(self, vocab=vocab).parameters,
+            positions_per_response_token=positions_per_response_token,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +185,7 @@ def network_memory(network: NetworkCost, hidden: int, tokens: int, *, dtype: str
     Weights are counted: a trained parameter takes 16 bytes in fp32 (weight, gradient, two moments), 18 in bf16 (the
     weight once more, as a copy); a frozen one 4, or 6 with its copy. Activations follow from the FLOPs: a block with
     16 D^2 weights keeps about 28 D values a token, hence 1.75 / D of the weights that a token meets (FLOPs / 6).
+    A snapshot is in the compute dtype alone.
 
     Args:
         network: sizes.
@@ -185,7 +196,7 @@ def network_memory(network: NetworkCost, hidden: int, tokens: int, *, dtype: str
     trained, frozen = TRAINED_BYTES[dtype], 6.0 if dtype == "bf16" else 4.0
     values = 1.75 * network.flops_per_response_token / 6.0 / hidden
     return MemoryEstimate(
-        weights=trained * network.num_trainable + frozen * network.frozen,
+        weights=trained * network.num_trainable + frozen * network.frozen + DTYPE_BYTES[dtype] * network.snapshot,
         activations=DTYPE_BYTES[dtype] * tokens * values,
         rest=PROCESS_BYTES + LOSS_CHUNK_BYTES,
         per_parameter=trained,

@@ -117,7 +117,7 @@ def _check_positions(spec: GridSpec, model: ModelFacts) -> None:
 
 def _check_freeze(rows: tuple[PlannedRow, ...], model: ModelFacts) -> None:
     for row in rows:
-        if row.train.freeze and own_network(row, model.shape) is not None:
+        if row.train.freeze and own_network(spec, row, model.shape) is not None:
             raise ParamsError(
                 f"train.freeze = {list(row.train.freeze)}, but cell '{row.cell}' trains networks of its own "
                 "that have no such parts.",

@@ -12,7 +12,7 @@ from params.schema import GridSpec
 from steps.plan import Plan
 from steps.plan_rows import PlannedRow
 from steps.progress import duration
-from steps.row_costs import own_network
+from steps.row_costs import base_shape, own_network
 from steps.shared_costs import AnchorCost
 
 _ALIGNMENT = {
@@ -116,13 +116,13 @@ def _rows(plan: Plan) -> str:
 def _trained(plan: Plan, row: PlannedRow) -> str:
     """Return how many parameters a row trains."""
     shape = plan.model.shape
-    network = own_network(row, shape)
+    network = own_network(plan.spec, row, shape)
     if not row.trains:
         return "-"
     if network is not None:
         return f"{network.num_trainable:,}"
     less = " less the frozen" if row.train.freeze else ""
-    return f"{shape.base(converted=False).parameters:,}{less}"
+    return f"{base_shape(plan.spec, shape).parameters:,}{less}"
 
 
 def _networks(plan: Plan) -> str:
@@ -130,7 +130,7 @@ def _networks(plan: Plan) -> str:
     table = [("cell", "module", "parameters", "")]
     done = set()
     for row in plan.rows:
-        network = own_network(row, plan.model.shape)
+        network = own_network(plan.spec, row, plan.model.shape)
         if network is None or row.cell in done:
             continue
         done.add(row.cell)
@@ -139,6 +139,8 @@ def _networks(plan: Plan) -> str:
         held = f"{_bytes(memory.weights)} with gradients and Adam ({memory.per_parameter} bytes each)"
         table.append((row.cell, "all trained", f"{network.num_trainable:,}", held))
         table.append((row.cell, "frozen", f"{network.frozen:,}", "kept in memory, included"))
+        if network.snapshot:
+            table.append((row.cell, "snapshot", f"{network.snapshot:,}", "a copy kept while training, included"))
         flops = f"{network.flops_per_response_token:.2e} FLOPs of training a response token"
         table.append((row.cell, "work", "", flops))
     return _table(table) if done else ""

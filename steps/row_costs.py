@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from dllm_core.methods.requirements import NetworkCost
+from dllm_core.methods.requirements import BaseShape, NetworkCost
 from dllm_core.training.budget import steps_from_flops
 from params.schema import GridSpec
 from steps.estimates import (
@@ -27,15 +27,20 @@ def response_tokens(spec: GridSpec) -> int:
     return spec.data.response_tokens if spec.data.layout == "windows" else spec.data.length
 
 
-def own_network(row: PlannedRow, shape: ModelShape) -> NetworkCost | None:
+def own_network(spec: GridSpec, row: PlannedRow, shape: ModelShape) -> NetworkCost | None:
     """Return sizes of a row's own networks; None where the base model itself is trained."""
-    return row.options.network(shape.base(converted=False))
+    return row.options.network(base_shape(spec, shape))
+
+
+def base_shape(spec: GridSpec, shape: ModelShape) -> BaseShape:
+    """Return what rooms size networks of their own by."""
+    return shape.base(converted=False, positions_per_response_token=spec.data.length / response_tokens(spec))
 
 
 def step_flops(spec: GridSpec, row: PlannedRow, shape: ModelShape) -> float:
     """FLOPs of one optimiser step: a backward pass costs two forwards; half of the response rows reach the head."""
     size = row.train.batch_size
-    network = own_network(row, shape)
+    network = own_network(spec, row, shape)
     if network is not None:
         return network.flops_per_response_token * size * response_tokens(spec)
     head_rows = size * response_tokens(spec) * (1.0 if row.capabilities.causal else 0.5)
@@ -131,7 +136,7 @@ def _evaluate_seconds(spec: GridSpec, row: PlannedRow, shape: ModelShape, machin
         total += forwards(settings.mask_ratio_sequences * len(settings.mask_ratios), response_tokens(spec) / 2)
     samples = settings.frontier_samples * len(settings.frontier_temperatures)
     new = response_tokens(spec)
-    network = own_network(row, shape)
+    network = own_network(spec, row, shape)
     if network is not None:
         total += _latent_seconds(network, machine, tokens=samples * new, steps=settings.frontier_steps, dtype=dtype)
     elif row.capabilities.unmasking:
@@ -155,7 +160,7 @@ def _evaluate_seconds(spec: GridSpec, row: PlannedRow, shape: ModelShape, machin
 def _benchmark_seconds(spec: GridSpec, row: PlannedRow, shape: ModelShape, machine: Machine) -> float:
     bench = spec.bench
     dtype = machine.dtype(row.train.dtype)
-    network = own_network(row, shape)
+    network = own_network(spec, row, shape)
     total = 0.0
     for batch in bench.batch_sizes:
         if network is not None:
@@ -180,15 +185,21 @@ def _benchmark_seconds(spec: GridSpec, row: PlannedRow, shape: ModelShape, machi
 
 
 def _latent_seconds(network: NetworkCost, machine: Machine, *, tokens: float, steps: int, dtype: str) -> float:
-    """Time of decoding through a room's own networks, as if every step ran all of them: an upper bound."""
-    return steps * machine.seconds(tokens * network.flops_per_response_token / 3.0, 1, dtype)
+    """Time of decoding through a room's own networks in so many denoising steps of all tokens.
+
+    A room that does not say what a step costs is charged a forward of all that it trains: an upper bound.
+    """
+    per_token = network.flops_per_denoised_token
+    if per_token is None:
+        per_token = network.flops_per_response_token / 3.0
+    return machine.seconds(steps * tokens * per_token, steps, dtype)
 
 
 def row_memory(spec: GridSpec, row: PlannedRow, shape: ModelShape, machine: Machine) -> MemoryEstimate:
     """Estimate the bytes at the peak of training a row, or of measuring one that is not trained."""
     sequences = row.train.micro_batch_size or row.train.batch_size
     dtype = machine.dtype(row.train.dtype)
-    network = own_network(row, shape)
+    network = own_network(spec, row, shape)
     if network is not None:
         return network_memory(network, shape.hidden, sequences * response_tokens(spec), dtype=dtype)
     if not row.trains:

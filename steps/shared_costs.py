@@ -170,7 +170,7 @@ def disk_bytes(
     kept, trained = [], []
     for row in rows:
         if row.trains:
-            network = own_network(row, shape)
+            network = own_network(spec, row, shape)
             kept.append(shape.parameters if network is None else network.num_trainable + network.frozen)
             trained.append(shape.parameters if network is None else network.num_trainable)
     disk = {

@@ -130,11 +130,16 @@ class NetworkCost:
         frozen: parameters that are kept in memory besides and not trained.
         flops_per_response_token: operations of training, forward and backward of all parts, for a response token
             that is presented once, extra passes included; a room says what small part it leaves out.
+        flops_per_denoised_token: operations of one denoising step of generation for a response token; None: at most a
+            third of training.
+        snapshot: parameters of a copy of what is trained, kept in the compute dtype while training and then dropped.
     """
 
     trainable: Mapping[str, int]
     frozen: int
     flops_per_response_token: float
+    flops_per_denoised_token: float | None = None
+    snapshot: int = 0
 
     @property
     def num_trainable(self) -> int:

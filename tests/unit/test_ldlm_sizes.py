@@ -78,7 +78,7 @@ def test_what_the_method_trains_is_what_the_options_say():
 def test_the_plan_shows_the_sizes_of_the_modules():
     made = plan("test", cells=["ldlm"], overrides="cells.ldlm.options.shape=smoke")
     (row,) = [r for r in made.rows if r.cell == "ldlm"]
-    base = made.model.shape.base(converted=False)
+    base = made.model.shape.base(converted=False, positions_per_response_token=1.5)
     network = row.options.network(base)
     with torch.device("meta"):
         networks = LatentNetworks(SHAPES["smoke"], base.hidden, base.vocab)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import params
 from params import GridSpec
 from steps.plan import render, validate
 from steps.plan_text import settings_yaml
+from steps.row_costs import base_shape, own_network
 from tests.plan_tools import LLAMA, TWO_CORES, model_dir, plan, refused
 from tests.reader_room import install, reader_cell, with_cells
 
@@ -34,11 +36,13 @@ def test_rows_needs_and_shared_work() -> None:
         ("repr_align_all", every),
         ("repr_align_trajectory", every),
         ("ldlm", ("28",)),
+        ("cola", ("28",)),
     ]
     assert [(cost.rows, cost.need.positions) for cost in made.cost.anchors] == [
         (("repr_align_4",), "response_predictors"),
         (("repr_align_all", "repr_align_trajectory"), "response_predictors"),
         (("ldlm",), "response"),
+        (("cola",), "all"),
     ]
     assert [(row, need.cell, need.share) for row, need in made.shared.prefixes] == [
         ("repr_align_trajectory", "repr_align_all", 0.4)
@@ -135,7 +139,7 @@ def test_the_printed_settings_are_a_preset_that_gives_the_same_grid(preset: str,
 def test_the_published_grid_states_its_memory() -> None:
     text = render(plan("qwen3_1_7b", dry_run=True))
     assert "parameters    1,720,574,976 (qwen3, 28 layers, hidden 2048)" in text
-    assert "Adam 31.0 GB (18 bytes a parameter)" in text
+    assert "Adam 36.6 GB (18 bytes a parameter)" in text
     assert "smallest GPU  48 GB" in text
     assert "anchors of 29 layers" in text
 
@@ -222,6 +226,57 @@ def test_a_room_with_a_network_of_its_own_is_planned_by_its_own_figures(
     )
     assert any(line.startswith("- repr_align_4: layers 1, final, rows that predict response tokens") for line in lines)
     assert "Networks of their own" not in render(plan("test", cells="random_mask"))
+
+
+@pytest.mark.parametrize(("prompt", "response"), [(32, 128), (96, 64)])
+def test_rooms_that_run_prompts_are_charged_for_those_of_the_data(prompt: int, response: int) -> None:
+    window = {"data.prompt_tokens": prompt, "data.response_tokens": response}
+    made = plan("laptop", cells="vfm,cola", overrides=window)
+    for row in made.rows:
+        base = replace(
+            made.model.shape.base(converted=False, positions_per_response_token=0.0),
+            positions_per_response_token=(prompt + response) / response,
+        )
+        network, cost = row.options.network(base), made.cost.rows[row.row_id]
+        assert network is not None
+        tokens = cost.steps * row.train.batch_size * response
+        assert cost.train_flops == pytest.approx(tokens * network.flops_per_response_token)
+
+
+def test_decoding_costs_what_a_room_says_of_a_step_and_otherwise_a_third_of_training() -> None:
+    """One pass of vfm and one of iterative unmasking run the same network; rollouts are training's alone."""
+    costs = {k: plan("laptop", overrides=f"cells.vfm.options.rollout_steps={k}").cost.rows for k in (4, 16)}
+    speeds = {k: rows["vfm"].benchmark_s for k, rows in costs.items()}
+    assert speeds[4] == speeds[16]
+    assert 1.0 < speeds[4] / costs[4]["random_mask"].benchmark_s < 1.5  # softmax . E is one more product
+    made = plan("laptop", cells="ldlm", overrides="bench.steps=8,bench.rounds=3,bench.warmup_rounds=1")
+    (row,) = made.rows
+    network = own_network(made.spec, row, made.model.shape)
+    assert network is not None
+    assert network.flops_per_denoised_token is None
+    per_decode = TWO_CORES.seconds(8 * 128 * network.flops_per_response_token / 3.0, 8, "bf16")
+    assert made.cost.rows["ldlm"].benchmark_s == pytest.approx(4 * per_decode)
+
+
+@pytest.mark.parametrize("preset", [name for name in params.preset_names() if name != "ldlm_hour"])
+def test_vfm_and_cola_are_sized_for_the_model_of_every_preset(preset: str) -> None:
+    made = plan(preset, dry_run=True)
+    base = base_shape(made.spec, made.model.shape)
+    rows = {row.cell: row for row in made.rows}
+    networks = {name: own_network(made.spec, rows[name], made.model.shape) for name in ("vfm", "cola")}
+    vfm, cola = networks["vfm"], networks["cola"]
+    assert vfm is not None
+    assert cola is not None
+    assert vfm.num_trainable < 2 * base.parameters, "an adapter beside the model"
+    if made.spec.model.scratch is None:
+        assert 0.03 < vfm.trainable["adapter"] / base.parameters < 0.1
+        assert 0.1 < cola.num_trainable / base.parameters < 0.3
+    for name in networks:
+        row_id = rows[name].row_id
+        assert made.cost.rows[row_id].steps >= 10
+        largest = made.cost.memories[row_id].smallest_gpu_gb()
+        assert largest is not None
+        assert largest <= 80
 
 
 def test_parts_of_the_base_model_cannot_be_frozen_in_a_room_without_it(

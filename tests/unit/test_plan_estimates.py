@@ -143,6 +143,9 @@ def test_memory_of_networks_of_a_rooms_own() -> None:
     assert (fp32.weights, fp32.per_parameter) == (16 * 1000 + 4 * 50, 16)
     assert (bf16.weights, bf16.per_parameter) == (18 * 1000 + 6 * 50, 18)
     assert fp32.activations == pytest.approx(4 * 8 * 1.75 * 900 / 10)
+    imitating = replace(network, snapshot=300)
+    for dtype, held, size in (("fp32", fp32, 4), ("bf16", bf16, 2)):
+        assert network_memory(imitating, 10, 8, dtype=dtype).weights == held.weights + size * 300
     # the rule of thumb for activations against those of a block that are counted one by one
     block = ModelShape(
         family="gpt2", layers=1, hidden=64, heads=4, kv_heads=4, head_dim=16, ffn=256, vocab=0, positions=0
@@ -153,10 +156,11 @@ def test_memory_of_networks_of_a_rooms_own() -> None:
 
 
 def test_the_base_of_a_rooms_networks_is_the_converted_model() -> None:
-    base = SMOLLM2.base(converted=False)
+    base = SMOLLM2.base(converted=False, positions_per_response_token=1.5)
     assert (base.hidden, base.layers, base.vocab) == (576, 30, 49_216)
     assert base.parameters == SMOLLM2.parameters + 64 * 576
-    assert replace(SMOLLM2, vocab=49_216).base(converted=True) == base
+    assert base.positions_per_response_token == 1.5
+    assert replace(SMOLLM2, vocab=49_216).base(converted=True, positions_per_response_token=1.5) == base
 
 
 def test_memory_of_a_measured_step() -> None:

@@ -45,9 +45,12 @@ def test_the_adapter_grows_with_the_base_model():
     frozen = Options(freeze_base=True).network(SMOL)
     assert list(frozen.trainable) == ["adapter"]
     assert frozen.frozen == SMOL.parameters
-    assert Options(paired_share=0.0).network(SMOL).frozen == 0
-    assert Options().network(SMOL).frozen == SMOL.parameters  # the sampler to imitate
-    assert Options(prompt_encoder="states").network(SMOL).frozen == 2 * SMOL.parameters
+    for paired_share in (0.0, 0.3):
+        options = Options(paired_share=paired_share)
+        assert options.network(SMOL).frozen == 0
+        assert options.network(SMOL).snapshot == (SMOL.parameters if paired_share else 0)  # the sampler to imitate
+        reading = options.model_copy(update={"prompt_encoder": "states"}).network(SMOL)
+        assert reading.frozen == SMOL.parameters  # the language model that reads prompts
 
 
 def _counted(method, corrupted, info, resources=None) -> tuple[float, float]:

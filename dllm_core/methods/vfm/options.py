@@ -116,9 +116,12 @@ class Options(FrozenStatesOptions):
             "adapter": adapter_parameters(shape, hidden),
             "time embedding": time_parameters(hidden),
         }
-        copies = int(self.reads_states) + int(self.paired_share > 0)  # the language model; the sampler to imitate
         return NetworkCost(
-            trainable=trainable, frozen=copies * base.parameters, flops_per_response_token=self.training_flops(base)
+            trainable=trainable,
+            frozen=base.parameters if self.reads_states else 0,  # the language model, to read prompts
+            snapshot=base.parameters if self.paired_share else 0,  # the sampler to imitate
+            flops_per_response_token=self.training_flops(base),
+            flops_per_denoised_token=pass_flops(base, base.positions_per_response_token, 1.0, 2.0),
         )
 
     def training_flops(self, base: BaseShape) -> float:
