@@ -68,7 +68,7 @@ def validate(
     check_judge(spec)
     _check_positions(spec, model)
     rows, donors = plan_rows(spec, model.shape.layers)
-    _check_freeze(rows, model)
+    _check_freeze(spec, rows, model)
     data = check_data(spec.data)
     machine = machine or probe(spec.runtime.device, spec.runtime.threads)
     shared = shared_work(rows, donors)
@@ -115,7 +115,7 @@ def _check_positions(spec: GridSpec, model: ModelFacts) -> None:
             )
 
 
-def _check_freeze(rows: tuple[PlannedRow, ...], model: ModelFacts) -> None:
+def _check_freeze(spec: GridSpec, rows: tuple[PlannedRow, ...], model: ModelFacts) -> None:
     for row in rows:
         if row.train.freeze and own_network(spec, row, model.shape) is not None:
             raise ParamsError(

@@ -46,7 +46,7 @@ TRAJECTORY = {
     "cells.repr_align_trajectory.options.extraction_block": 8,
     "cells.repr_align_trajectory.options.block_sizes": "[4,8]",
 }
-LATENT = {"cells.ldlm.options.shape": "smoke"}
+LATENT = {f"cells.{name}.options.shape": "smoke" for name in ("ldlm", "vfm", "cola")}
 CELLS = ("ar_tuned", "random_mask", "repr_align_all")
 """Rows of the grids of three seeds; each is a task of its own, and a reference, a plain and an aligned one will do."""
 
