@@ -12,15 +12,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from dllm_core.evals.intervals import Interval, centre_interval, median_interval
+from dllm_core.evals.intervals import Interval, positive_median_interval, ratio_interval, verdict
 from dllm_core.methods.protocol import GenerationOutput
 
-TIE_BAND = 0.03
-Verdict = Literal["tie", "faster", "slower", "not resolved"]
 Decode = Callable[[int], GenerationOutput]
 
 
@@ -166,7 +164,7 @@ def rounds_for(work: Mapping[str, float], rounds: int, least: int = 6) -> dict[s
 def summary(timings: Sequence[Timing]) -> dict[str, Any]:
     """Return medians with their 95 % intervals, and every round behind them."""
     speeds = [t.tokens_per_s for t in timings]
-    speed = median_interval(speeds)
+    speed = positive_median_interval(speeds)
     last = timings[-1]
     return {
         "tokens_per_s": {"median": speed.value, "ci95": speed.as_list()},
@@ -180,28 +178,7 @@ def summary(timings: Sequence[Timing]) -> dict[str, Any]:
 
 def paired_ratio(first: Sequence[Timing], second: Sequence[Timing]) -> Interval:
     """Return the speed of `first` over `second` with its 95 % interval, round by round."""
-    logs = [math.log(a.tokens_per_s / b.tokens_per_s) for a, b in zip(first, second, strict=True)]
-    centre = centre_interval(logs)
-    low, high = (None if end is None else math.exp(end) for end in (centre.low, centre.high))
-    return Interval(math.exp(centre.value), low, high, centre.assumes_normal)
-
-
-def verdict(ratio: Interval, band: float = TIE_BAND) -> Verdict:
-    """Say what a ratio's interval proves.
-
-    `tie` only if the whole interval lies within the band (1 / 1.03 to 1.03, so that swapping the rows changes
-    nothing); that two intervals overlap proves nothing. `faster` or `slower` if it excludes 1. Else, or with too few
-    rounds for an interval that assumes nothing, `not resolved`.
-    """
-    if ratio.low is None or ratio.high is None or ratio.assumes_normal:
-        return "not resolved"
-    if 1 / (1 + band) <= ratio.low and ratio.high <= 1 + band:
-        return "tie"
-    if ratio.low > 1:
-        return "faster"
-    if ratio.high < 1:
-        return "slower"
-    return "not resolved"
+    return ratio_interval([t.tokens_per_s for t in first], [t.tokens_per_s for t in second])
 
 
 def compare(timings: Mapping[str, Sequence[Timing]], pairs: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:

@@ -224,6 +224,6 @@ def test_intervals_cover() -> None:
 
 def test_student_for_few_values() -> None:
     found = median_interval([1.0, 2.0, 6.0])
-    half = 4.3027 * math.sqrt(7.0) / math.sqrt(3)
+    half = 4.302652730 * math.sqrt(7.0) / math.sqrt(3)
     assert (found.value, found.assumes_normal) == (2.0, True)
     assert (found.low, found.high) == pytest.approx((3.0 - half, 3.0 + half))
