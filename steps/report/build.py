@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steps.report import figures, summary, tables
-from steps.report.compare import PerSequence, all_pairs, is_ranked
+from steps.report import figures, summary, tidy
+from steps.report.compare import PerSequence, all_pairs, concluded, is_ranked
 from steps.report.curves import health_curves, loss_curve
 from steps.report.markdown import render_markdown
 from steps.report.schema import BenchResult, CostResult, Estimate, EvalResult, Results, Row, Tie, TrainResult
@@ -105,17 +105,10 @@ def build(
     results = results.model_copy(update={"hardware": hardware or {}, "versions": versions or {}})
     directory = Path(ctx.runs_dir) / "reports" / ctx.run_id
     directory.mkdir(parents=True, exist_ok=True)
-    strips = {r.row_id: (r.evaluation or {}).get("prediction_strip") for r in rows}
-    histories = {r.row_id: (r.evaluation or {}).get("history") for r in rows}
-    drawn = figures.draw_all(
-        results,
-        {k: v for k, v in strips.items() if v},
-        {k: v for k, v in histories.items() if v},
-        directory,
-    )
+    drawn = figures.draw_all(results, _pictured(rows, "prediction_strip"), _pictured(rows, "history"), directory)
     lines = tuple(summary.headline(results))
     (directory / "results.json").write_text(results.model_dump_json(indent=1))
-    (directory / "results.csv").write_text(tables.results_csv(results))
+    (directory / "results.csv").write_text(tidy.results_csv(results))
     (directory / "report.md").write_text(render_markdown(results, lines, [p.name for p in drawn.values()]))
     _link_cells(directory / "cells", rows)
     _publish_latest(directory)
@@ -150,7 +143,7 @@ def assemble(
     if reference is not None:
         data = {**data, "reference_text": reference}
     commit, dirty = git_state()
-    return Results(
+    results = Results(
         run_id=run_id,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         preset=spec.preset,
@@ -162,10 +155,20 @@ def assemble(
         model=model,
         data=data,
         cells=[_row(r, bench["rows"].get(r.row_id)) for r in rows],
-        comparisons=all_pairs(_per_sequence(rows)),
+        comparisons=all_pairs(_per_sequence(rows), {r.row_id: r.seed for r in rows}),
         ties=[Tie(**t) for t in bench["ties"]],
         ranked=is_ranked(spec.seeds),
     )
+    return concluded(results)
+
+
+def _pictured(rows: Sequence[RowResult], what: str) -> dict[str, dict[str, Any]]:
+    """Return what is drawn of each cell token by token: that of its first finished seed."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if (row.evaluation or {}).get(what):
+            found.setdefault(row.name, (row.evaluation or {})[what])
+    return found
 
 
 def _row(result: RowResult, bench: dict[str, Any] | None) -> Row:

@@ -1,18 +1,16 @@
-"""Which differences between rows are real: paired differences, seed spread, and the refusal to rank."""
+"""Which differences between rows are real: paired differences of rows, and contrasts of cells over their seeds."""
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from statistics import mean, stdev
+from itertools import combinations
+from statistics import mean, stdev, variance
 
 from dllm_core.evals.estimates import cluster_se
-from steps.report.schema import Comparison, Results, Row
-
-MIN_SEEDS_TO_RANK = 3
+from dllm_core.evals.intervals import LEVEL, ratio_interval, verdict
+from steps.report.cells import KINDS, MIN_SEEDS_TO_RANK, Cell, gather, half_width
+from steps.report.schema import SCHEMA_VERSION, Comparison, Contrast, Results, SpeedContrast, Tie
 
 
 @dataclass(frozen=True)
@@ -44,86 +42,162 @@ def paired_difference(first: PerSequence, second: PerSequence, rows: tuple[str, 
     se = cluster_se(residuals, first.groups, tokens)
     if se is None:
         return None
-    return Comparison(rows=rows, metric=metric, difference=difference, se=se, resolved=abs(difference) > 2 * se)
+    clusters = len(set(first.groups)) if first.groups is not None else len(residuals)
+    resolved = abs(difference) > 2 * se
+    return Comparison(rows=rows, metric=metric, difference=difference, se=se, resolved=resolved, clusters=clusters)
 
 
-def all_pairs(values: dict[str, dict[str, PerSequence]]) -> list[Comparison]:
-    """Return every paired comparison of rows for each metric. `values`: metric -> row id -> values."""
+def all_pairs(values: Mapping[str, Mapping[str, PerSequence]], seeds: Mapping[str, int]) -> list[Comparison]:
+    """Return every paired comparison of two rows of one seed, for each metric.
+
+    Args:
+        values: metric -> row id -> values.
+        seeds: row id -> seed. Rows of unlike seeds differ in more than their method.
+    """
     found = []
     for metric, by_row in values.items():
-        ids = list(by_row)
-        for i, a in enumerate(ids):
-            for b in ids[i + 1 :]:
+        for a, b in combinations(by_row, 2):
+            if seeds[a] == seeds[b]:
                 comparison = paired_difference(by_row[a], by_row[b], (a, b), metric)
-                if comparison is not None:
-                    found.append(comparison)
+                found += [] if comparison is None else [comparison]
     return found
 
 
-def headline_nats(row: Row) -> tuple[float, str] | None:
-    """Return the row's likelihood figure and what it is: `bound`, `block bound` or `exact`."""
-    if row.eval is None:
-        return None
-    if row.eval.exact_nats_per_token is not None:
-        return row.eval.exact_nats_per_token.value, "exact"
-    if row.eval.nelbo_nats_per_token is not None:
-        return row.eval.nelbo_nats_per_token.value, "bound"
-    if row.eval.block_nelbo_nats_per_token is not None:
-        return row.eval.block_nelbo_nats_per_token.value, "block bound"
-    return None
+def contrasts(results: Results) -> list[Contrast]:
+    """Return the difference of every two cells for each metric, over all seeds that both finished.
 
-
-def has_no_bound(row: Row) -> bool:
-    """Return whether a row was measured and yet has no likelihood figure, as rows that generate through latents."""
-    return row.status == "ok" and row.eval is not None and headline_nats(row) is None
-
-
-def speed_at(row: Row, steps: int | None) -> tuple[float, bool] | None:
-    """Return (tokens per second at `steps` denoising steps, whether that was measured); rows without steps have one.
-
-    Between two measured numbers of steps the time of a token is interpolated linearly, beyond them it is scaled.
+    The variance of a difference has two parts: held-out text (clustered by document; common to the seeds, so averaging
+    over them does not shrink it) and training seeds. With few seeds the second is pooled over all pairs of the metric:
+    for c cells under n seeds that is the residual of a randomised block design, with (c - 1) (n - 1) degrees of
+    freedom; for two cells it is the paired t test. The intervals of a metric hold together (Bonferroni).
     """
-    medians = {s: b["tokens_per_s"]["median"] for s, b in (row.bench.steps if row.bench else {}).items()}
-    if "ar" in medians:
-        return medians["ar"], True
-    if not medians or not steps:
-        return None
-    seconds = sorted((int(s), 1 / speed) for s, speed in medians.items())
-    for (low, slow), (high, fast) in pairwise(seconds):
-        if low < steps < high:
-            return 1 / (slow + (fast - slow) * (steps - low) / (high - low)), False
-    nearest, taken = min(seconds, key=lambda point: abs(point[0] - steps))
-    return nearest / (taken * steps), nearest == steps
+    return [contrast for metric in KINDS for contrast in _metric_contrasts(results, metric)]
+
+
+def _metric_contrasts(results: Results, metric: str) -> list[Contrast]:
+    row = {r.row_id: r for r in results.cells}
+    order = {cell.name: i for i, cell in enumerate(gather(results))}
+    pairs: dict[tuple[str, str], dict[int, Comparison]] = {}
+    for c in results.comparisons:
+        a, b = (row[r] for r in c.rows)
+        if c.metric == metric and a.seed == b.seed and a.name != b.name:
+            first, second = sorted((a, b), key=lambda r: order[r.name])
+            turned = c if first is a else c.model_copy(update={"difference": -c.difference})
+            pairs.setdefault((first.name, second.name), {})[a.seed] = turned
+    repeated = {p: [c.difference for c in by_seed.values()] for p, by_seed in pairs.items() if len(by_seed) > 1}
+    pooled = mean([variance(d) for d in repeated.values()]) if repeated else None
+    cells = {name for pair in repeated for name in pair}
+    df = (len(cells) - 1) * (min(map(len, repeated.values())) - 1) if repeated else 0
+    found = []
+    for pair, by_seed in pairs.items():
+        differences = [c.difference for c in by_seed.values()]
+        clusters = min(_clusters(c, results) or 1000 for c in by_seed.values())
+        parts = [(mean(c.se for c in by_seed.values()) ** 2, clusters - 1)]
+        if pair in repeated and pooled is not None:
+            parts.append((pooled / len(differences), df))
+        half = half_width(parts, len(pairs))
+        if half is None:
+            continue
+        centre = mean(differences)
+        found.append(
+            Contrast(
+                cells=pair,
+                metric=metric,
+                seeds=len(differences),
+                difference=centre,
+                low=centre - half,
+                high=centre + half,
+                seed_sd=stdev(differences) if pair in repeated else None,
+                pairs=len(pairs),
+                resolved=abs(centre) > half,
+            )
+        )
+    return found
+
+
+def _clusters(comparison: Comparison, results: Results) -> int | None:
+    """Return how many documents a difference rests on; reports before 1.2 say it only of their rows."""
+    if comparison.clusters is not None:
+        return comparison.clusters
+    evals = [r.eval for r in results.cells if r.row_id in comparison.rows and r.eval]
+    return min((n for e in evals if (n := e.num_documents or e.num_sequences)), default=None)
+
+
+def speed_contrasts(results: Results) -> list[SpeedContrast]:
+    """Return the paired speed ratio of every two cells that the benchmark compared, by intervals that hold together.
+
+    Each is taken at 1 - .05 / (number of pairs): of a dozen comparisons at 95 % of rows that run the same network,
+    every other grid would have one "faster". The signed-rank interval assumes nothing of the noise, but takes rounds:
+    9 for 12 pairs. With fewer there is no interval, and the verdict is `not resolved`.
+    """
+    row = {r.row_id: r for r in results.cells}
+    pairs = len(results.ties)
+    found = []
+    for tie in results.ties:
+        a, b = (row[r] for r in tie.rows)
+        first, second = (_rounds(r.bench.steps if r.bench else {}, tie.steps) for r in (a, b))
+        told = {"cells": (a.name, b.name), "steps": tie.steps, "pairs": pairs}
+        if first and len(first) == len(second):
+            ratio = ratio_interval(first, second, 1 - (1 - LEVEL) / pairs)
+            ends: dict[str, float | None] = {"ratio": ratio.value}
+            if not ratio.assumes_normal:  # with so few rounds Student's interval would span anything
+                ends |= {"low": ratio.low, "high": ratio.high}
+            found.append(SpeedContrast(**told, **ends, rounds=len(first), verdict=verdict(ratio)))
+        else:
+            found.append(SpeedContrast(**told, **_alone(tie, pairs), rounds=0))
+    return found
+
+
+def _alone(tie: Tie, pairs: int) -> dict[str, object]:
+    """Return what can be said of a ratio whose rounds were not kept: only one that stands alone needs no correction."""
+    if pairs > 1:
+        return {"ratio": tie.ratio, "verdict": "not resolved"}
+    return {"ratio": tie.ratio, "low": tie.ci95[0], "high": tie.ci95[1], "verdict": tie.verdict}
+
+
+def _rounds(steps: Mapping[str, Mapping[str, Sequence[float]]], group: str) -> Sequence[float]:
+    return steps.get(group, {}).get("rounds") or ()
 
 
 @dataclass(frozen=True)
-class SeedSummary:
-    """Mean and spread of a cell over its seeds."""
+class Standing:
+    """Where the cells of one likelihood kind stand.
 
-    name: str
+    Attributes:
+        kind: of the likelihood.
+        order: all of them, lowest mean first.
+        leaders: the lowest and all that it is not known to beat, in table order; one of them alone is a winner.
+        ranked: every one of them finished enough seeds, so that an order may be told.
+    """
+
     kind: str
-    values: tuple[float, ...]
+    order: tuple[Cell, ...]
+    leaders: tuple[Cell, ...]
+    ranked: bool
 
     @property
-    def mean(self) -> float:
-        return mean(self.values)
+    def winner(self) -> Cell | None:
+        """The one cell that is known to beat all others; None if there is no such cell, or nothing to beat."""
+        return self.leaders[0] if self.ranked and len(self.leaders) == 1 < len(self.order) else None
 
     @property
-    def sd(self) -> float | None:
-        return stdev(self.values) if len(self.values) > 1 else None
+    def behind(self) -> tuple[Cell, ...]:
+        return tuple(c for c in self.order if c not in self.leaders)
 
 
-def by_cell(results: Results) -> list[SeedSummary]:
-    """Return the headline likelihood of each cell over the seeds, in table order. One kind of figure per cell."""
-    groups: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for row in results.cells:
-        if row.status != "ok" or row.eval is None:
-            continue
-        for kind in ("exact", "nelbo", "block_nelbo"):
-            estimate = getattr(row.eval, f"{kind}_nats_per_token")
-            if estimate is not None:
-                groups[row.name, kind].append(estimate.value)
-    return [SeedSummary(name, kind, tuple(values)) for (name, kind), values in groups.items()]
+def standing(results: Results, cells: Sequence[Cell], kind: str) -> Standing | None:
+    """Return where those of `cells` stand that have a likelihood of this kind; None if there are none."""
+    values = {c.name: found.mean for c in cells if (found := c.likelihood(kind))}
+    order = sorted((c for c in cells if c.name in values), key=lambda c: values[c.name])
+    if not order:
+        return None
+    best = order[0].name
+    among = [c for c in results.contrasts if c.metric == kind and set(c.cells) <= set(values)]
+    beaten = {name for c in among if c.resolved and best in c.cells for name in c.cells if name != best}
+    known = {frozenset(c.cells) for c in among if c.seeds >= MIN_SEEDS_TO_RANK}
+    ranked = is_ranked(results.seeds) and all(frozenset((a.name, b.name)) in known for a, b in combinations(order, 2))
+    leaders = tuple(c for c in cells if c.name in values and c.name not in beaten)
+    return Standing(kind, tuple(order), leaders, ranked)
 
 
 def is_ranked(seeds: Sequence[int]) -> bool:
@@ -131,24 +205,7 @@ def is_ranked(seeds: Sequence[int]) -> bool:
     return len(set(seeds)) >= MIN_SEEDS_TO_RANK
 
 
-def ranking(summaries: Sequence[SeedSummary], kind: str) -> list[list[str]]:
-    """Return groups of cells from best to worst for one kind of figure; cells within a group are not separated.
-
-    Two neighbours are separated when their means differ by more than twice the standard error of that difference
-    over seeds (Welch, without its small-sample correction: with three seeds a cautious reader wants more).
-    """
-    ordered = sorted((s for s in summaries if s.kind == kind), key=lambda s: s.mean)
-    groups: list[list[SeedSummary]] = []
-    for summary in ordered:
-        if groups and not _separated(groups[-1][0], summary):
-            groups[-1].append(summary)
-        else:
-            groups.append([summary])
-    return [[s.name for s in group] for group in groups]
-
-
-def _separated(a: SeedSummary, b: SeedSummary) -> bool:
-    if a.sd is None or b.sd is None:
-        return False
-    se = math.sqrt(a.sd**2 / len(a.values) + b.sd**2 / len(b.values))
-    return abs(a.mean - b.mean) > 2 * se
+def concluded(results: Results) -> Results:
+    """Return the results with what follows from them; reports before 1.2 were written without it."""
+    told = {"contrasts": contrasts(results), "speed_contrasts": speed_contrasts(results)}
+    return results.model_copy(update={**told, "schema_version": SCHEMA_VERSION})

@@ -1,42 +1,54 @@
-"""report.md: the opening lines, the tables with what must be known to read them, figures, samples."""
+"""report.md: what to choose, how the run was made, the tables and what must be known of them, figures, samples."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from steps.report import tables
-from steps.report.compare import has_no_bound
+from steps.report import notes, tables
+from steps.report.cells import gather
+from steps.report.costs import amount
 from steps.report.schema import Results
 
 
 def render_markdown(results: Results, lines: Sequence[str], figure_names: Sequence[str]) -> str:
-    """Return report.md."""
-    machine = results.hardware
-    hardware = ", ".join(str(v) for v in (machine.get("gpu"), machine.get("cpu"), _cores(machine)) if v)
-    head = [
-        f"# Grid {results.run_id}",
-        "",
-        f"`{results.command}`" if results.command else "",
-        f"commit {(results.git_commit or 'unknown')[:12]}{' + local changes' if results.git_dirty else ''}, "
-        f"{results.created_at}, {hardware or 'hardware not recorded'}, seeds {results.seeds}, "
-        f"budget {_amount(results.budget['value'])} {results.budget['kind']} a row.",
-        "",
-        *[f"- {line}" for line in lines],
-    ]
+    """Return report.md; its first ten lines are the title and `lines`, which say what to choose."""
+    budget = amount(results.budget["value"], str(results.budget["kind"]))
+    head = [f"# Which conversion for {budget} a row? ({results.preset}, {notes.seeds(results)})", ""]
+    head += [f"- {line}" for line in lines]
     sections = [
-        ("Quality on held-out text", tables.quality_table(results), _quality_note(results)),
-        ("Differences between rows", tables.comparison_table(results), _COMPARISON_NOTE),
-        ("Generated text", tables.frontier_table(results), _FRONTIER_NOTE),
-        ("Overlap with the true continuation", tables.overlap_table(results), _OVERLAP_NOTE),
-        ("Health of latent rows", tables.health_table(results), _HEALTH_NOTE),
-        ("Speed", tables.speed_table(results), _speed_note(results)),
-        ("Speed ratios of rows that share one network", tables.tie_table(results), _TIE_NOTE),
-        ("Cost", tables.cost_table(results), _COST_NOTE),
+        ("Quality on held-out text", tables.quality_table(results), notes.quality(results)),
+        ("Differences between rows", tables.contrast_table(results), notes.differences(results)),
+        ("Generated text", tables.frontier_table(results), notes.text(results)),
+        ("Overlap with the true continuation", tables.overlap_table(results), notes.OVERLAP),
+        ("Health of latent rows", tables.health_table(results), notes.health(results)),
+        ("Speed", tables.speed_table(results), notes.speed(results)),
+        ("Speed ratios of rows that share one network", tables.speed_contrast_table(results), notes.ratios(results)),
+        ("Cost", tables.cost_table(results), notes.COST),
     ]
     body = [f"\n## {title}\n\n{table}\n\n{note}" for title, table, note in sections if table.count("\n") > 1]
     pictures = [f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in figure_names]
-    return "\n".join([*head, *body, "\n## Figures\n", *pictures, "\n## Samples\n", _samples(results)]) + "\n"
+    figures = ["\n## Figures\n", *pictures] if pictures else []
+    samples = _samples(results)
+    told = ["\n## Samples\n", _SAMPLES_NOTE, "", samples] if samples else []
+    return "\n".join([*head, "\n## This run\n", *_facts(results), *body, *figures, *told]) + "\n"
+
+
+def _facts(results: Results) -> list[str]:
+    """Return how the numbers came about."""
+    machine = results.hardware
+    hardware = ", ".join(str(v) for v in (machine.get("gpu"), machine.get("cpu"), _cores(machine)) if v)
+    done = sum(r.status == "ok" for r in results.cells)
+    commit = f"{(results.git_commit or 'unknown')[:12]}{' + local changes' if results.git_dirty else ''}"
+    return [
+        f"Run {results.run_id}, {done} of {len(results.cells)} rows finished, preset {results.preset}, seeds "
+        f"{', '.join(map(str, results.seeds))}; {results.created_at}, commit {commit}, "
+        f"{hardware or 'hardware not recorded'}." + (f" Command: `{results.command}`" if results.command else ""),
+        "",
+        f"Base model: {results.model.get('source', 'unknown')}; text: {results.data.get('source', 'unknown')}. A line "
+        "of a table is a cell (a conversion method, or an autoregressive reference), its numbers means over the "
+        "seeds; every number of every seed is in results.csv and results.json.",
+    ]
 
 
 def _cores(machine: dict[str, Any]) -> str | None:
@@ -44,73 +56,15 @@ def _cores(machine: dict[str, Any]) -> str | None:
     return None if count is None else f"{count} thread{'' if count == 1 else 's'}"
 
 
-def _amount(value: float) -> str:
-    return f"{value:,.0f}" if value == round(value) else f"{value:,}"  # 4,000,000 tokens, 1.5 epochs
-
-
-def _quality_note(results: Results) -> str:
-    documents = max((r.eval.num_documents or 0 for r in results.cells if r.eval), default=0)
-    clusters = (
-        f"clustered by document ({documents} held-out document{'s' * (documents != 1)})"
-        if documents
-        else "over held-out sequences"
-    )
-    note = (
-        f"Nats per response token, ± one standard error, {clusters}. exact: the AR likelihood; NELBO: an upper "
-        "bound under random-order unmasking; block NELBO: an upper bound under left-to-right blocks. A bound is not an "
-        "exact value: the columns are not to be mixed."
-    )
-    boundless = [r.row_id for r in results.cells if has_no_bound(r)]
-    if boundless:
-        note += (
-            f" {', '.join(boundless)}: generated through continuous latents, which have neither a bound nor a masked "
-            "prediction; compared below by generated text, overlap with the true continuation and reconstruction."
-        )
-    return note
-
-
-def _speed_note(results: Results) -> str:
-    note = "Batch 1, fixed length, EOS ignored, all rows interleaved in one process; median [95 % interval]."
-    if any(has_no_bound(r) for r in results.cells):
-        note += " Steps of a latent row are denoising steps of its latents; the tokens are decoded once, at the end."
-    return note
-
-
-_COMPARISON_NOTE = (
-    "First minus second, nats per token, ± one standard error, on the same held-out sequences and masks, clustered by "
-    "document. Beyond 2 standard errors a difference is more than evaluation noise; whether another training seed "
-    "would give it again is not known."
-)
-_TIE_NOTE = (
-    "Paired by round. A tie is an interval within ±3 %; overlap alone proves nothing, and under 6 rounds nothing is "
-    "resolved."
-)
-_COST_NOTE = (
-    "tokens: response tokens presented. TFLOP: all of it, teacher and extraction included. positions: token positions "
-    "forwarded, further views included. Extraction: anchors and trajectories a row reads, at their stand-alone cost, "
-    "charged to every row that reads them."
-)
-_FRONTIER_NOTE = (
-    "Judge perplexity alone can be gamed by dull or repetitive text: read it with entropy and repetition. A judge "
-    "that is the base model is labelled self-judged and ranks nothing."
-)
-_OVERLAP_NOTE = (
-    "F1 of shared token n-grams, in %: with the text that really followed the prompt (own), and with what followed "
-    "prompts of other documents (other; of the same one where it is alone). Text that does not depend on its prompt "
-    "has the same overlap with both. Difference: paired, ± one standard error clustered by document."
-)
-_HEALTH_NOTE = (
-    "Measured on held-out sequences by the rows themselves. Accuracies are fractions of response tokens; figures by "
-    "time t go from clean (0) to noise (1)."
-)
+_SAMPLES_NOTE = "One continuation a cell (first seed, lowest temperature): the end of the prompt ⟶ what the cell wrote."
 
 
 def _samples(results: Results) -> str:
     parts = []
-    for row in results.cells:
-        for sample in (row.eval.samples if row.eval else [])[:1]:
+    for cell in gather(results):
+        samples = [s for row in cell.measured if row.eval for s in row.eval.samples]
+        for sample in samples[:1]:
             text = sample["continuation"].strip().replace("\n", " ")
-            parts.append(
-                f"**{row.row_id}** (T={sample.get('temperature')}): {sample['prompt'].strip()[-160:]} ⟶ {text}"
-            )
+            prompt = sample["prompt"].strip()[-160:].replace("\n", " ")
+            parts.append(f"**{cell.name}** (T={sample.get('temperature')}): {prompt} ⟶ {text}")
     return "\n\n".join(parts)

@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA_VERSION = "1.1"
+from dllm_core.evals.intervals import Verdict
+
+SCHEMA_VERSION = "1.2"
 
 
 class _Part(BaseModel):
@@ -102,23 +104,51 @@ class Row(_Part):
 
 
 class Comparison(_Part):
-    """A paired difference between two rows on the same held-out sequences and noise."""
+    """A paired difference between two rows of one seed on the same held-out sequences and noise, taken by itself."""
 
     rows: tuple[str, str]
     metric: str
     difference: float = Field(description="first minus second, nats per token")
     se: float
     resolved: bool = Field(description="|difference| > 2 se; says nothing about another training seed")
+    clusters: int | None = Field(default=None, description="documents, or sequences, that the se is made of")
+
+
+class Contrast(_Part):
+    """What the report says of two cells: their difference over all seeds, beside that of every other pair."""
+
+    cells: tuple[str, str]
+    metric: str
+    seeds: int = Field(description="seeds that both cells finished")
+    difference: float = Field(description="first minus second, nats per token, mean over seeds")
+    low: float
+    high: float
+    seed_sd: float | None = Field(default=None, description="of the difference over seeds; null with one seed")
+    pairs: int = Field(description="pairs of this metric, whose intervals hold together with 95 % confidence")
+    resolved: bool = Field(description="the interval excludes 0")
 
 
 class Tie(_Part):
-    """A paired throughput ratio."""
+    """A paired throughput ratio, taken by itself."""
 
     rows: tuple[str, str]
     steps: str
     ratio: float
     ci95: tuple[float, float]
-    verdict: Literal["tie", "faster", "slower", "not resolved"]
+    verdict: Verdict
+
+
+class SpeedContrast(_Part):
+    """What the report says of the speed of two cells that share a network, beside that of every other pair."""
+
+    cells: tuple[str, str]
+    steps: str
+    rounds: int = Field(description="rounds in which both were timed")
+    ratio: float = Field(description="first over second, tokens per second")
+    low: float | None = None
+    high: float | None = None
+    pairs: int = Field(description="pairs at all numbers of steps, whose intervals hold together with 95 % confidence")
+    verdict: Verdict
 
 
 class Results(_Part):
@@ -140,5 +170,7 @@ class Results(_Part):
     cells: list[Row]
     comparisons: list[Comparison] = Field(default_factory=list)
     ties: list[Tie] = Field(default_factory=list)
+    contrasts: list[Contrast] = Field(default_factory=list)
+    speed_contrasts: list[SpeedContrast] = Field(default_factory=list)
     ranked: bool = Field(description="quality is ranked only with three or more seeds")
     notes: list[str] = Field(default_factory=list)

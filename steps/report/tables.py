@@ -1,20 +1,18 @@
-"""The grid as a Markdown table and as a tidy CSV."""
+"""The grid as Markdown tables, one line a cell. results.csv has one line a row and metric."""
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from steps.report.schema import Estimate, Results, Row
+from steps.report.cells import BLOCK_NELBO, EXACT, NELBO, Cell, Speed, Spread, gather, spread
+from steps.report.schema import Results
+from steps.report.texts import judge_tells, overlap_gain, seeds_fault
 
 NOT_MEASURED = "-"
 OVERLAP_SIZES = (1, 2)
 MAX_SHOWN = 8
 """Numbers of a map that stand in a table one by one."""
-TEXT_FIGURES = ("judge_ppl", "unigram_entropy_nats", "distinct_1", "distinct_2", "distinct_3", "repetition_4")
-OVERLAP_FIGURES = tuple(f"overlap_{n}{kind}" for n in OVERLAP_SIZES for kind in ("", "_other"))
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -35,97 +33,82 @@ def quality_table(results: Results) -> str:
     """Return likelihood and masked accuracy. Bounds and exact values stand in columns of their own."""
     header = ["row", "exact nll", "NELBO", "block NELBO", "bits/byte", "acc r=.15", "acc r=.5", "acc r=.85"]
     body = []
-    for row in results.cells:
-        e = row.eval
-        if e is None:
-            body.append([row.row_id, f"{row.status}", *[NOT_MEASURED] * 6])
-            continue
-        accuracy = [_estimate(e.masked_accuracy.get(r), percent=True) for r in ("0.15", "0.5", "0.85")]
-        bits = NOT_MEASURED if e.bits_per_byte is None else f"{e.bits_per_byte:.3f}"
-        likelihood = [e.exact_nats_per_token, e.nelbo_nats_per_token, e.block_nelbo_nats_per_token]
-        body.append([row.row_id, *(_estimate(x) for x in likelihood), bits, *accuracy])
+    for cell in gather(results):
+        evals = [r.eval for r in cell.measured if r.eval]
+        likelihood = [estimate(cell.likelihood(kind)) for kind in (EXACT, NELBO, BLOCK_NELBO)]
+        bits = figure(spread(e.bits_per_byte for e in evals), ".3f")
+        ratios = ("0.15", "0.5", "0.85")
+        accuracy = [estimate(spread(e.masked_accuracy.get(r) for e in evals), percent=True) for r in ratios]
+        body.append([cell.label, *likelihood, bits, *accuracy])
     return markdown_table(header, body)
 
 
 def speed_table(results: Results) -> str:
     """Return tokens per second with 95 % intervals, one column per number of denoising steps."""
-    settings = _step_settings(results)
+    cells = [c for c in gather(results) if c.bench]
+    settings = _step_settings(cells)
     header = ["row", *(f"tok/s, {s} steps" if s != "ar" else "tok/s, AR" for s in settings), "first token s", "mem GB"]
     body = []
-    for row in results.cells:
-        if row.bench is None:
-            continue
-        name = row.row_id if row.trained or row.method == "ar" else f"{row.row_id} (untrained, unranked)"
-        cells = [_throughput(row.bench.steps.get(s)) for s in settings]
-        first = next((b.get("first_token_s") for b in row.bench.steps.values()), None)
-        body.append([name, *cells, _number(first, ".2f"), _number(row.bench.peak_memory_gb, ".2f")])
+    for cell in cells:
+        assert cell.bench is not None
+        name = cell.name if cell.trained or cell.causal else f"{cell.name} (untrained, unranked)"
+        first = next((b.get("first_token_s") for b in cell.bench.steps.values()), None)
+        memory = number(cell.bench.peak_memory_gb, ".2f")
+        body.append([name, *(throughput(cell.speeds.get(s)) for s in settings), number(first, ".2f"), memory])
     return markdown_table(header, body)
 
 
 def cost_table(results: Results) -> str:
     """Return every budget unit side by side: tokens, FLOPs, seconds, and what shared work cost."""
-    header = [
-        "row",
-        "tokens",
-        "positions",
-        "TFLOP",
-        "teacher TFLOP",
-        "train s",
-        "extraction s",
-        "tok/s train",
-        "mem GB",
-        "new params",
-    ]
+    columns = (
+        ("tokens", "response_tokens", 1.0, ",.0f"),
+        ("positions", "positions", 1.0, ",.0f"),
+        ("TFLOP", "flops", 1e12, ",.1f"),
+        ("teacher TFLOP", "teacher_flops", 1e12, ",.1f"),
+        ("train s", "train_s", 1.0, ",.0f"),
+        ("extraction s", "extraction_s", 1.0, ",.0f"),
+        ("mem GB", "peak_memory_gb", 1.0, ".1f"),
+        ("new params", "new_params", 1.0, ",.0f"),
+    )
+    header = ["row", *(title for title, *_ in columns), "tok/s train"]
     body = []
-    for row in results.cells:
-        c = row.cost
-        if c is None:
+    for cell in gather(results):
+        if cell.cost("flops") is None:
             continue
-        rate = row.train.tokens_per_s if row.train else None
-        body.append(
-            [
-                row.row_id,
-                f"{c.response_tokens:,.0f}",
-                f"{c.positions:,.0f}",
-                f"{c.flops / 1e12:,.1f}",
-                f"{c.teacher_flops / 1e12:,.1f}",
-                f"{c.train_s:,.0f}",
-                f"{c.extraction_s:,.0f}",
-                _number(rate, ",.0f"),
-                _number(c.peak_memory_gb, ".1f"),
-                f"{c.new_params:,}",
-            ]
-        )
+        rate = spread(r.train.tokens_per_s for r in cell.done if r.train)
+        body.append([cell.label, *(figure(cell.cost(n), f, unit) for _, n, unit, f in columns), figure(rate, ",.0f")])
     return markdown_table(header, body)
 
 
 def frontier_table(results: Results) -> str:
     """Return generation quality over temperatures: judge perplexity never without entropy and repetition."""
-    header = ["row", "T", "forwards", "judge ppl", "tokens shuffled", "judge", "entropy nats", "distinct-2"]
-    header.append("repeated 4-grams")
+    columns = (
+        ("forwards", "num_forwards", ".0f"),
+        ("judge ppl", "judge_ppl", ",.1f"),
+        ("tokens shuffled", "shuffled_judge_ppl", ",.1f"),
+        ("judge", "judge", ""),
+        ("entropy nats", "unigram_entropy_nats", ".2f"),
+        ("distinct-2", "distinct_2", ".2f"),
+        ("repeated 4-grams", "repetition_4", ".3f"),
+    )
 
-    def line(name: str, temperature: str, point: dict[str, Any]) -> list[str]:
+    def line(point: Mapping[str, Any]) -> list[str]:
+        by_seed = point.get("by_seed") or [point]
         return [
-            name,
-            temperature,
-            _number(point.get("num_forwards"), ".0f"),
-            _number(point.get("judge_ppl"), ",.1f"),
-            _number(point.get("shuffled_judge_ppl"), ",.1f"),
-            str(point.get("judge", NOT_MEASURED)),
-            _number(point.get("unigram_entropy_nats"), ".2f"),
-            _number(point.get("distinct_2"), ".2f"),
-            _number(point.get("repetition_4"), ".3f"),
+            figure(spread(p.get(key) for p in by_seed), form) if form else str(point.get(key, NOT_MEASURED))
+            for _, key, form in columns
         ]
 
-    body = [
-        line(row.row_id, f"{point['temperature']:g}", point)
-        for row in results.cells
-        for point in (row.eval.frontier if row.eval else [])
-    ]
-    reference = results.data.get("reference_text")
+    reference = results.data.get("reference_text") or {}
+    body = []
+    for cell in gather(results):
+        for point in cell.frontier:
+            clean = "passes" if judge_tells(reference) else "cannot be judged"
+            check = seeds_fault(point["by_seed"], reference) or clean
+            body.append([cell.label, f"{point['temperature']:g}", *line(point), check])
     if body and reference:
-        body.append(line("held-out text", NOT_MEASURED, reference))
-    return markdown_table(header, body)
+        body.append(["held-out text", NOT_MEASURED, *line(reference), NOT_MEASURED])
+    return markdown_table(["row", "T", *(title for title, *_ in columns), "check"], body)
 
 
 def overlap_table(results: Results) -> str:
@@ -134,22 +117,21 @@ def overlap_table(results: Results) -> str:
     for n in OVERLAP_SIZES:
         header += [f"{n}-grams, own", "other", "difference"]
     body = []
-    for row in results.cells:
-        for point in row.eval.frontier if row.eval else []:
+    for cell in gather(results):
+        for point in cell.frontier:
             if point.get("overlap_1") is None:
                 continue
-            cells = [row.row_id, f"{point['temperature']:g}"]
+            line = [cell.label, f"{point['temperature']:g}"]
             for n in OVERLAP_SIZES:
-                gain = point.get(f"overlap_{n}_gain")
-                cells += [_percent(point.get(f"overlap_{n}")), _percent(point.get(f"overlap_{n}_other"))]
-                cells.append(_estimate(Estimate(**gain) if gain else None, percent=True, sign="+"))
-            body.append(cells)
+                line += [percent(point.get(f"overlap_{n}")), percent(point.get(f"overlap_{n}_other"))]
+                line.append(estimate(overlap_gain(point, n), percent=True, sign="+"))
+            body.append(line)
     return markdown_table(header, body)
 
 
 def health_table(results: Results) -> str:
-    """Return the figures that rows state of their own health: a line a figure, a column a row that has any."""
-    columns = {r.row_id: health_lines(r.eval.diagnostics) for r in results.cells if r.eval and r.eval.diagnostics}
+    """Return the figures that rows state of their own health: a line a figure, a column a cell that has any."""
+    columns = {c.label: health_lines(c.diagnostics) for c in gather(results) if c.diagnostics}
     names = list(dict.fromkeys(name for lines in columns.values() for name in lines))
     body = [[name, *(lines.get(name, NOT_MEASURED) for lines in columns.values())] for name in names]
     return markdown_table(["figure", *columns], body)
@@ -173,99 +155,84 @@ def health_lines(diagnostics: Mapping[str, Any]) -> dict[str, str]:
     return lines
 
 
-def comparison_table(results: Results) -> str:
-    """Return every paired difference between rows, the clear ones first."""
-    found = sorted(results.comparisons, key=lambda c: -abs(c.difference) / max(c.se, 1e-12))
+def contrast_table(results: Results) -> str:
+    """Return the difference of every two cells, the clear ones of each metric first."""
+    metrics = list(dict.fromkeys(c.metric for c in results.contrasts))
+    found = sorted(
+        results.contrasts, key=lambda c: (metrics.index(c.metric), -abs(c.difference) / (c.high - c.low or 1))
+    )
     body = [
-        [f"{c.rows[0]} - {c.rows[1]}", c.metric, f"{c.difference:+.3f} ± {c.se:.3f}", "yes" if c.resolved else "no"]
+        [
+            f"{c.cells[0]} - {c.cells[1]}",
+            c.metric.replace("_", " "),
+            f"{c.difference:+.3f}",
+            f"[{c.low:+.3f}, {c.high:+.3f}]",
+            str(c.seeds),
+            number(c.seed_sd, ".3f"),
+            "yes" if c.resolved else "no",
+        ]
         for c in found
     ]
-    return markdown_table(["rows", "metric", "difference", "beyond 2 se"], body)
+    return markdown_table(["rows", "metric", "difference", "interval", "seeds", "sd over seeds", "told apart"], body)
 
 
-def tie_table(results: Results) -> str:
-    """Return the paired throughput ratios of rows that share one network."""
+def speed_contrast_table(results: Results) -> str:
+    """Return the paired throughput ratios of cells that share one network."""
     body = [
-        [f"{t.rows[0]} / {t.rows[1]}", t.steps, f"{t.ratio:.3f}", f"[{t.ci95[0]:.3f}, {t.ci95[1]:.3f}]", t.verdict]
-        for t in results.ties
+        [
+            f"{c.cells[0]} / {c.cells[1]}",
+            c.steps,
+            str(c.rounds or NOT_MEASURED),
+            f"{c.ratio:.3f}",
+            NOT_MEASURED if c.low is None or c.high is None else f"[{c.low:.3f}, {c.high:.3f}]",
+            c.verdict,
+        ]
+        for c in results.speed_contrasts
     ]
-    return markdown_table(["rows", "steps", "ratio", "95 % interval", "verdict"], body)
+    return markdown_table(["rows", "steps", "rounds", "ratio", "interval", "verdict"], body)
 
 
-def results_csv(results: Results) -> str:
-    """Return one line per (row, metric): row_id, cell, method, seed, metric, value, se."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["row_id", "cell", "method", "seed", "metric", "value", "se"])
-    for row in results.cells:
-        for metric, value, se in _flat_metrics(row):
-            writer.writerow([row.row_id, row.name, row.method, row.seed, metric, value, "" if se is None else se])
-    return out.getvalue()
-
-
-def _flat_metrics(row: Row) -> list[tuple[str, float, float | None]]:
-    found: list[tuple[str, float, float | None]] = []
-    if row.eval is not None:
-        for name in ("nelbo_nats_per_token", "block_nelbo_nats_per_token", "exact_nats_per_token"):
-            estimate = getattr(row.eval, name)
-            if estimate is not None:
-                found.append((f"eval/{name}", estimate.value, estimate.se))
-        if row.eval.bits_per_byte is not None:
-            found.append(("eval/bits_per_byte", row.eval.bits_per_byte, None))
-        for kind in ("masked_accuracy", "masked_nll"):
-            for ratio, estimate in getattr(row.eval, kind).items():
-                found.append((f"eval/{kind}@{ratio}", estimate.value, estimate.se))
-        for point in row.eval.frontier:
-            prefix = f"eval/frontier/T={point['temperature']:g}"
-            for key in (*TEXT_FIGURES, *OVERLAP_FIGURES):
-                if isinstance(point.get(key), int | float):
-                    found.append((f"{prefix}/{key}", point[key], None))
-            for key in (f"overlap_{n}_gain" for n in OVERLAP_SIZES):
-                if point.get(key):
-                    found.append((f"{prefix}/{key}", point[key]["value"], point[key]["se"]))
-        found += [(name, value, None) for name, value in _flat(row.eval.diagnostics, "eval/diagnostics", "/")]
-    for steps, bench in (row.bench.steps if row.bench else {}).items():
-        found.append((f"bench/tokens_per_s@{steps}", bench["tokens_per_s"]["median"], None))
-    if row.cost is not None:
-        found += [(f"cost/{k}", v, None) for k, v in row.cost.model_dump().items() if v is not None]
-    return found
-
-
-def _flat(values: Mapping[str, Any], prefix: str, join: str = "@") -> Iterator[tuple[str, float]]:
-    """Yield the numbers of a map, those of inner maps as name@key."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{join}{key}")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield f"{prefix}{join}{key}", value
-
-
-def _step_settings(results: Results) -> list[str]:
-    found = {s for row in results.cells if row.bench for s in row.bench.steps}
-    return sorted((s for s in found if s != "ar"), key=int) + (["ar"] if "ar" in found else [])
-
-
-def _estimate(estimate: Estimate | None, percent: bool = False, sign: str = "") -> str:
-    if estimate is None:
+def estimate(found: Spread | None, percent: bool = False, sign: str = "") -> str:
+    """Return `mean ± standard error (sd over seeds)`, as far as there is any."""
+    if found is None:
         return NOT_MEASURED
     scale, digits = (100.0, 1) if percent else (1.0, 3)
-    text = f"{scale * estimate.value:{sign}.{digits}f}"
-    return text if estimate.se is None else f"{text} ± {scale * estimate.se:.{digits}f}"
+    text = f"{scale * found.mean:{sign}.{digits}f}"
+    text += "" if found.se is None else f" ± {scale * found.se:.{digits}f}"
+    return text if found.sd is None else f"{text} (sd {scale * found.sd:.{digits}f})"
 
 
-def _throughput(bench: dict | None) -> str:
-    if bench is None:
+def figure(found: Spread | None, form: str, unit: float = 1.0) -> str:
+    """Return `mean (sd over seeds)` of a figure without an error of its own."""
+    if found is None:
         return NOT_MEASURED
-    low, high = bench["tokens_per_s"]["ci95"]
-    return f"{bench['tokens_per_s']['median']:.1f} [{low:.1f}, {high:.1f}]"
+    text = format(found.mean / unit, form)
+    if found.sd is None or float(format(found.sd / unit, form).replace(",", "")) == 0:
+        return text
+    return f"{text} (sd {format(found.sd / unit, form)})"
 
 
-def _number(value: float | None, spec: str) -> str:
+def throughput(speed: Speed | None) -> str:
+    """Return the median and its interval."""
+    if speed is None:
+        return NOT_MEASURED
+    ends = "" if speed.low is None or speed.high is None else f" [{speed.low:.1f}, {speed.high:.1f}]"
+    return f"{speed.value:.1f}{ends}"
+
+
+def number(value: float | None, spec: str) -> str:
+    """Return a formatted number, or the sign for what was not measured."""
     return NOT_MEASURED if value is None else format(value, spec)
 
 
-def _percent(fraction: float | None) -> str:
+def percent(fraction: float | None) -> str:
+    """Return a fraction in percent."""
     return NOT_MEASURED if fraction is None else f"{100 * fraction:.1f}"
+
+
+def _step_settings(cells: Sequence[Cell]) -> list[str]:
+    found = {s for cell in cells for s in cell.speeds}
+    return sorted((s for s in found if s != "ar"), key=int) + (["ar"] if "ar" in found else [])
 
 
 def _figure(value: Any) -> str:
