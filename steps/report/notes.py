@@ -76,7 +76,9 @@ def differences(results: Results) -> str:
 def text(results: Results) -> str:
     """Say what the text figures mean, and what the checks are."""
     prompts = {p["num_samples"] for c in gather(results) for p in c.frontier if p.get("num_samples")}
+    steps = sorted({p["steps"] for c in gather(results) if not c.causal for p in c.frontier if p.get("steps")})
     told = f" {max(prompts)} continuations a seed and temperature." if prompts else ""
+    told += f" Written in {', '.join(map(str, steps))} denoising steps; token by token by AR rows." if steps else ""
     return (
         f"Means over the seeds (sd).{told} Judge perplexity alone can be gamed by dull or repetitive text: read it "
         "with entropy and repetition. A judge that is the base model is labelled self-judged and ranks nothing. The "
@@ -115,8 +117,8 @@ def speed(results: Results) -> str:
     """Say how speed was measured, and when rows without masks write their tokens."""
     note = (
         "Batch 1, fixed length, EOS ignored, all rows interleaved in one process; median [95 % interval]. One seed of "
-        "a cell is timed: seeds differ in values, not in work. Few steps are fast and may write worse text: the steps "
-        "of the text above stand in its table."
+        "a cell is timed: seeds differ in values, not in work. "
+        "Few steps are fast and may write worse text: the note under Generated text says how many were taken there."
     )
     when = {c.name: _first_token(c.bench.steps) for c in gather(results) if c.latent and c.bench}
     late = [n for n, share in when.items() if share is not None and share >= AT_ONCE]
