@@ -56,7 +56,7 @@ def test_a_page_has_its_sections_a_picture_its_sources_and_its_code(page: Path) 
         assert f"params/cells/{cell}.yaml" in text
     if room != "ar":
         assert "](https://arxiv.org/abs/" in text, "no source"
-    assert text.count("\n") <= 140, "longer than two screens"
+    assert text.count("\n") <= 125, "longer than two screens"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
