@@ -40,14 +40,21 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--set", default="", help="settings for all variants, as for the grid")
     parser.add_argument("--runs-dir", type=Path, default=_report.ROOT / "runs")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/row_variants-cpu.json")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/row_variants-CELL-cpu.json")
     return parser.parse_args(argv)
 
 
 def parsed(text: str) -> dict[str, str]:
-    """Return name -> settings of a list of variants."""
+    """Return name -> settings of a list of variants.
+
+    Raises:
+        SystemExit: a name without settings that holds a dot, or one that occurs twice.
+    """
     parts = [part.strip().partition("=") for part in text.split(";") if part.strip()]
-    return {name.strip(): settings for name, _, settings in parts}
+    found = {name.strip(): settings.strip() for name, _, settings in parts}
+    if len(found) < len(parts) or any("." in name for name in found):
+        raise SystemExit(f"{text!r} does not give every variant a name of its own.\nWrite NAME or NAME=KEY=VALUE,...")
+    return found
 
 
 def run_variant(settings: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -87,6 +94,7 @@ def figures(summary: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the variants; the file is written after each, so that a stop loses nothing."""
     args = arguments(argv)
+    path = args.out or _report.RESULTS / f"row_variants-{args.cell}-cpu.json"
     told = {"cell": args.cell, "preset": args.preset, "set": args.set}
     record = _report.header("row_variants", args.seed, {**told, "device": "cpu"})
     found: dict[str, dict[str, Any]] = {}
@@ -94,8 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"  {name}: {settings or 'as in the preset'} ...", file=sys.stderr, flush=True)
         found[name] = {"set": settings, **run_variant(settings, args)}
         record["variants"] = found
-        _report.write(record, args.out)
+        _report.write(record, path)
         print(json.dumps({name: found[name]}), flush=True)
+    print(json.dumps({"written": str(path)}))
     return 0
 
 
