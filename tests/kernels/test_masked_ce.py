@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dllm_core.errors import DllmError
-from dllm_core.kernels.masked_ce import TokenLosses, implementation, token_losses
+from dllm_core.kernels.masked_ce import TokenLosses, token_losses
 
 SIZES = [(1, 3, 5), (7, 5, 33), (13, 8, 97), (4, 1, 2)]
 BLOCKED = 2
@@ -185,14 +184,3 @@ def test_autocast_and_bf16_stay_close_to_fp32() -> None:
             error = (ours.float() - theirs).norm() / theirs.norm()
             assert 1e-6 < error < 0.03, error
     assert gradients(hidden, weight, True)[2].dtype == torch.float32
-
-
-def test_dispatch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("DLLM_KERNELS", raising=False)
-    assert implementation()[0] == "reference"
-    monkeypatch.setenv("DLLM_KERNELS", "reference")
-    assert implementation() == ("reference", "DLLM_KERNELS=reference")
-    for wish, message in (("triton", "no such implementation"), ("tritn", "Did you mean 'triton'")):
-        monkeypatch.setenv("DLLM_KERNELS", wish)
-        with pytest.raises(DllmError, match=message):
-            implementation()

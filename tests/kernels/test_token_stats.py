@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dllm_core.kernels.token_stats import implementation, stats
+from dllm_core.kernels.token_stats import stats
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7])
@@ -64,7 +64,3 @@ def test_bf16_weights_give_fp32_statistics() -> None:
     got = stats(hidden, weight)
     assert got.top_logprob_M.dtype == torch.float32
     torch.testing.assert_close(got.top_logprob_M, stats(hidden.float(), weight.float()).top_logprob_M, atol=0.1, rtol=0)
-
-
-def test_dispatch_says_why() -> None:
-    assert implementation() == ("reference", "DLLM_KERNELS=auto: the only implementation of token_stats")

@@ -43,16 +43,7 @@ def stats(
     second: bool = True,
     entropy: bool = False,
 ) -> TokenStats:
-    """Return the statistics of softmax(hidden @ weight.T) for each row; fp32 arithmetic, no gradient.
-
-    Args:
-        hidden_MD: states the head reads, float.
-        weight_VD: rows of the head, same dtype.
-        blocked_V: bool; ids whose logit is -inf.
-        chunk_rows: rows of logits held at a time; default by vocabulary and device.
-        second: also find the runner-up (one more pass over the logits).
-        entropy: also compute the entropy (one more pass).
-    """
+    """Return what `token_stats.stats` describes, a chunk of logits at a time; autocast applies to the product."""
     num_rows, device = len(hidden_MD), hidden_MD.device
     argmax_M = torch.empty(num_rows, dtype=torch.long, device=device)
     top_M, second_M, entropy_M = (torch.empty(num_rows, device=device) for _ in range(3))
