@@ -28,6 +28,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def poison(*args, **kwargs):  # type: ignore[no-untyped-def]
         made = empty(*args, **kwargs)
-        return made.fill_(torch.nan if made.is_floating_point() else -(2**30))
+        if made.is_floating_point():
+            return made.fill_(torch.nan)
+        return made.fill_(-(2**30)) if made.dtype in (torch.int32, torch.int64) else made
 
     monkeypatch.setattr(torch, "empty", poison)

@@ -75,12 +75,13 @@ def test_value_and_gradients_against_float64(
         out, got_hidden, got_weight = run(
             hidden, weight, targets, weights, blocked, entropy_temperature=temperature, chunk_rows=chunk
         )
-        torch.testing.assert_close(out.total.double(), total, rtol=3e-6, atol=1e-6)
+        torch.testing.assert_close(out.total.double(), total, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(out.nll_M.double(), nll, rtol=1e-5, atol=1e-5)
         assert torch.equal(out.correct_M, hit)
-        torch.testing.assert_close(out.entropy_M.double(), value, rtol=2e-5, atol=1e-5)
+        torch.testing.assert_close(out.entropy_M.double(), value, rtol=5e-5, atol=1e-5)
         for got, want in ((got_hidden, grad_hidden), (got_weight, grad_weight)):
-            assert (got.double() - want).norm() <= 2e-6 * want.norm() + 1e-9
+            limit = 1e-5 if size in LARGE else 2e-6
+            assert (got.double() - want).norm() <= limit * want.norm() + 1e-9
             torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
 
 

@@ -55,9 +55,11 @@ def test_against_float64(
     assert (got.argmax_M >= 0).all()
     # rounding may decide between ids that are all but equal
     chosen = logits.gather(1, got.argmax_M[:, None])[:, 0]
-    torch.testing.assert_close(chosen, logits.amax(-1), rtol=1e-5, atol=1e-5)
+    # the matrix units round their fp32 sums towards zero
+    tolerance = 3e-5 if dtype == torch.float32 or kernel_device.type == "cpu" else 3e-4
+    torch.testing.assert_close(chosen, logits.amax(-1), rtol=tolerance, atol=tolerance)
     for part in ("top_logprob_M", "second_logprob_M", "entropy_M"):
-        close(getattr(got, part), getattr(want, part), 3e-5)
+        close(getattr(got, part), getattr(want, part), tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

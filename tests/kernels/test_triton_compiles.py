@@ -17,17 +17,24 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 120: 99 * 1024}
 """Bytes that a block may use: A100, H100 and H200, RTX 5090."""
 
 
-def build(kernel, target: int, types: dict[str, str], constants: dict, *, warps: int, stages: int = 3, even=()):  # type: ignore[no-untyped-def]
-    """Compile a kernel; arguments named in `even` and all pointers are divisible by 16, as those of real heads are."""
+def build(
+    kernel, target: int, types: dict[str, str], constants: dict, *, warps: int, stages: int = 3, even=(), ones=()
+):  # type: ignore[no-untyped-def]
+    """Compile a kernel as a launch would.
+
+    Arguments named in `even` and all pointers are divisible by 16, as those of real heads are; those in `ones` are 1,
+    which Triton compiles in.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     assert set(kernel.arg_names) == set(types) | set(constants)
     names = kernel.arg_names
     whole = [i for i, n in enumerate(names) if n in even or types.get(n, "").startswith("*")]
+    constants = constants | dict.fromkeys(ones, 1)
     source = ASTSource(
         kernel,
-        {n: types.get(n, "constexpr") for n in names},
+        {n: "constexpr" if n in constants else types[n] for n in names},
         {(names.index(n),): value for n, value in constants.items()},
         {(i,): [["tt.divisibility", 16]] for i in whole},
     )
@@ -56,14 +63,28 @@ def test_partial_stats(target: int, dtype: str, size: int, rows: int) -> None:
     assert "cp.async.cg.shared.global" in made.asm["ptx"], "16 bytes a copy"
 
 
+def test_partial_stats_of_one_row_and_of_one_of_everything() -> None:
+    from dllm_core.kernels.token_stats import triton as kernels
+
+    types = {"hidden": "*fp32", "weight": "*fp32", "blocked": "*u8", "partial": "*fp32", "partial_at": "*i32"}
+    whole_numbers = ("num_rows", "num_columns", "depth", "hidden_stride", "weight_stride", "tiles_per_split")
+    types |= dict.fromkeys(whole_numbers, "i32")
+    constants = {"HAS_BLOCKED": False, "SECOND": False, "ENTROPY": False, "PRECISION": "tf32", "WIDEN": False}
+    constants |= {"BLOCK_M": 16, "BLOCK_V": 64, "BLOCK_D": 64}
+    for ones in (("num_rows", "tiles_per_split"), whole_numbers):
+        assert build(kernels._partial_stats, 90, types, constants, warps=4, ones=ones).asm["ptx"]
+
+
 @pytest.mark.parametrize("asked", itertools.product([False, True], repeat=2), ids=str)
 def test_merged_stats(asked: tuple[bool, bool]) -> None:
     from dllm_core.kernels.token_stats import triton as kernels
 
     types = {"partial": "*fp32", "partial_at": "*i32", "argmax": "*i64", "out": "*fp32"}
     types |= {"num_rows": "i32", "num_splits": "i32"}
-    constants = {"SECOND": asked[0], "ENTROPY": asked[1], "BLOCK_S": 2048}
-    assert build(kernels._merged_stats, 90, types, constants, warps=4).asm["ptx"]
+    constants = {"SECOND": asked[0], "ENTROPY": asked[1]}
+    for splits, ones in ((2048, ()), (512, ("num_rows",)), (1, ("num_rows", "num_splits"))):
+        made = build(kernels._merged_stats, 90, types, constants | {"BLOCK_S": splits}, warps=4, ones=ones)
+        assert made.asm["ptx"]
 
 
 @pytest.mark.parametrize("options", itertools.product([False, True], repeat=3), ids=str)
@@ -77,3 +98,5 @@ def test_row_losses(dtype: str, options: tuple[bool, bool, bool]) -> None:
     made = build(kernels._row_losses, 90, types, constants, warps=kernels._WARPS, even=("num_columns",))
     wide = "ld.global.v4"
     assert wide in made.asm["ptx"], "16 bytes a load"
+    whole_numbers = ("num_columns", "weights_stride", "parts_stride")
+    assert build(kernels._row_losses, 90, types, constants, warps=kernels._WARPS, ones=whole_numbers).asm["ptx"]

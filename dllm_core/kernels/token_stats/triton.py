@@ -82,7 +82,7 @@ def stats(
                 weight_VD.stride(0),
                 per_split,
                 HAS_BLOCKED=blocked_V is not None,
-                PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+                PRECISION="tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
                 # the interpreter keeps bf16 as bits and would multiply those
                 WIDEN=interpreted(),
                 BLOCK_M=tile.rows,
