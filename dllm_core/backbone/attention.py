@@ -32,6 +32,9 @@ def attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Return ([B, L, H, D], None), as transformers expects of an attention function; queries may be fewer than keys."""
+    if attention_mask is not None and attention_mask.shape[-2:] == (1, 1) and key_BHLD.shape[2] > 1:
+        # `masks.open_mask`, which only kept transformers from making one
+        attention_mask, is_causal = None, False
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     plain = (
         is_plain(query_BHLD, key_BHLD)

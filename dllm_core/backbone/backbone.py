@@ -1,6 +1,6 @@
 """A transformers decoder that runs with causal or bidirectional attention, under a contract.
 
-B batch, L length, M rows, D hidden, V vocabulary rows (padded).
+B batch, L length, M rows (of a mask: keys), D hidden, V vocabulary rows (padded).
 
 Attention is flipped through the interface transformers supports (`is_causal` in the call, a prepared 4-D mask), so no
 modelling code is copied and the plain path keeps the flash kernels.
@@ -22,6 +22,7 @@ from dllm_core.backbone import attention, masks
 from dllm_core.backbone.contract import Contract, read_contract
 from dllm_core.backbone.families import Family, check_config
 from dllm_core.backbone.loading import load_causal_lm, no_progress_bars
+from dllm_core.backbone.slot_cache import SlotCache
 from dllm_core.errors import DllmError, did_you_mean
 
 FREEZE_RULES = ("embeddings", "mlp")
@@ -165,7 +166,8 @@ class Backbone(nn.Module):
         document_BL: Tensor | None = None,
         position_BL: Tensor | None = None,
         inputs_embeds_BLD: Tensor | None = None,
-        attention_mask_B1LL: Tensor | None = None,
+        attention_mask_B1LM: Tensor | None = None,
+        cache: SlotCache | None = None,
     ) -> Tensor:
         """Return the states after the final norm, [B, L, D].
 
@@ -174,28 +176,37 @@ class Backbone(nn.Module):
             causal: attention runs left to right instead of both ways.
             document_BL: document of each token, -1 for padding. None or all 0 needs no mask and keeps the flash
                 kernels; otherwise documents do not see each other and padding is seen by nobody.
-            position_BL: position of each token; default 0..L-1.
+            position_BL: position of each token, [B or 1, L]; default 0..L-1, with a cache the slots written.
             inputs_embeds_BLD: token embeddings in place of ids.
-            attention_mask_B1LL: boolean [B or 1, 1, L, L], True where query sees key; replaces `causal` and
-                `document_BL`.
+            attention_mask_B1LM: boolean [B or 1, 1, L, M], True where query sees key; replaces `causal` and
+                `document_BL`. M is L, with a cache the slots it shows.
+            cache: where `at` was called on it, keys and values of the tokens given are written and read with those
+                that are there already. The L tokens given see all M visible slots unless a mask or `causal` says
+                otherwise. Documents are a mask's business then, and so is the length the caller's (`check_length`).
 
         Raises:
-            DllmError: the sequence is longer than the model has positions for.
+            DllmError: a position is beyond the model's last, or slots beyond the cache's.
         """
         assert (input_ids_BL is None) != (inputs_embeds_BLD is None), "give either ids or embeddings"
         if inputs_embeds_BLD is None:
             inputs_embeds_BLD = self.model.get_input_embeddings()(input_ids_BL)
-        length = inputs_embeds_BLD.shape[1]
-        self.check_length(length)
-        if position_BL is not None and _is_arange(position_BL):
-            position_BL = None
-        mask = attention_mask_B1LL
-        if mask is None and not masks.is_plain(document_BL):
-            assert document_BL is not None
-            mask = masks.document_mask(document_BL, causal=causal)
-        elif mask is None and causal and position_BL is not None:
-            # without a mask transformers would read restarting positions as document boundaries
-            mask = masks.causal_mask(length, inputs_embeds_BLD.device)
+        length, device = inputs_embeds_BLD.shape[1], inputs_embeds_BLD.device
+        mask = attention_mask_B1LM
+        if cache is not None:
+            assert document_BL is None, "with a cache, documents are said by a mask"
+            cache.require_room(length)
+            position_BL = cache.window.position_BL(length, device) if position_BL is None else position_BL
+            mask = _mask_over_slots(cache, length, device, causal=causal) if mask is None else mask
+        else:
+            if position_BL is not None and _is_arange(position_BL):
+                position_BL = None
+            self.check_length(length if position_BL is None else int(position_BL.max()) + 1)
+            if mask is None and not masks.is_plain(document_BL):
+                assert document_BL is not None
+                mask = masks.document_mask(document_BL, causal=causal)
+            elif mask is None and causal and position_BL is not None:
+                # without a mask transformers would read restarting positions as document boundaries
+                mask = masks.causal_mask(length, device)
         if mask is not None and self.config._attn_implementation == "eager":
             mask = masks.additive(mask, inputs_embeds_BLD.dtype)
         self._in_hidden = True
@@ -205,6 +216,7 @@ class Backbone(nn.Module):
                 attention_mask=mask,
                 position_ids=position_BL,
                 is_causal=causal,
+                past_key_values=cache,
                 use_cache=False,
             ).last_hidden_state
         finally:
@@ -327,6 +339,14 @@ class Backbone(nn.Module):
         width = heads * (getattr(config, "head_dim", None) or self.hidden_size // heads)
         blocks = num_positions * (2.0 * weights + 4.0 * length * width * self.num_layers)
         return blocks + 2.0 * head_rows * self.head_weight_VD.numel()
+
+
+def _mask_over_slots(cache: SlotCache, length: int, device: torch.device, *, causal: bool) -> Tensor:
+    if not causal:
+        return masks.open_mask(device)
+    assert isinstance(cache.window.slots, int), "slots in any order have no left and right: give a mask"
+    visible = cache.window.num_visible(length, cache.capacity)
+    return masks.causal_mask(length, device, first=cache.window.slots, num_keys=visible)
 
 
 def _is_arange(position_BL: Tensor) -> bool:

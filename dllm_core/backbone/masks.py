@@ -1,4 +1,4 @@
-"""Attention masks. B batch, L length (queries, then keys)."""
+"""Attention masks. B batch, L length (queries, then keys), M keys where they are more than the queries."""
 
 from __future__ import annotations
 
@@ -25,14 +25,31 @@ def document_mask(document_BL: Tensor, *, causal: bool) -> Tensor:
     return same_BLL[:, None]
 
 
-def causal_mask(length: int, device: torch.device) -> Tensor:
-    """Return the boolean lower triangle [1, 1, L, L]."""
-    return torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
+def causal_mask(length: int, device: torch.device, *, first: int = 0, num_keys: int | None = None) -> Tensor:
+    """Return [1, 1, L, M], True where the key is not after the query.
+
+    Args:
+        length: L.
+        device: of the mask.
+        first: position of the first query among the keys.
+        num_keys: M; None is `first` + L.
+    """
+    num_keys = first + length if num_keys is None else num_keys
+    return torch.ones(length, num_keys, dtype=torch.bool, device=device).tril(first)[None, None]
 
 
-def additive(mask_B1LL: Tensor, dtype: torch.dtype) -> Tensor:
+def open_mask(device: torch.device) -> Tensor:
+    """Return True as [1, 1, 1, 1]: every query sees every key.
+
+    transformers makes a causal mask of its own where queries are fewer than keys and none is given; the attention of
+    `dllm_core.backbone.attention` drops this one again, so that the kernels without a mask serve.
+    """
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
+def additive(mask_B1LM: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the mask as numbers to add to attention scores, for implementations that do not take booleans."""
-    if mask_B1LL.dtype != torch.bool:
-        return mask_B1LL
-    zero = torch.zeros((), dtype=dtype, device=mask_B1LL.device)
-    return torch.where(mask_B1LL, zero, torch.finfo(dtype).min)
+    if mask_B1LM.dtype != torch.bool:
+        return mask_B1LM
+    zero = torch.zeros((), dtype=dtype, device=mask_B1LM.device)
+    return torch.where(mask_B1LM, zero, torch.finfo(dtype).min)

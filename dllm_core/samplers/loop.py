@@ -129,9 +129,9 @@ class Decoding:
         )
         self.masked_BC = to_fill_BC
         self.commit_BC = torch.zeros_like(self.canvas_BC)
-        self.attention_mask_B1LL = None
+        self.attention_mask_B1LM = None
         if canvas.is_padded:
-            self.attention_mask_B1LL = masks.document_mask(self.real_BC.long() - 1, causal=False)
+            self.attention_mask_B1LM = masks.document_mask(self.real_BC.long() - 1, causal=False)
         self._start_eos(to_fill_BC)
         self._start_noise(to_fill_BC, tuple(range(len(self.lengths)) if sample_ids is None else sample_ids))
         self.passes = 0
@@ -182,7 +182,7 @@ class Decoding:
 
     def _denoise(self, candidate_BC: Tensor, num_scored: int) -> Draft:
         """Run the network on the canvas and its head on the states that predict the candidates."""
-        states_BCD = self.backbone.hidden(self.canvas_BC, causal=False, attention_mask_B1LL=self.attention_mask_B1LL)
+        states_BCD = self.backbone.hidden(self.canvas_BC, causal=False, attention_mask_B1LM=self.attention_mask_B1LM)
         where_M = positions(candidate_BC, num_scored)
         hidden_MD = states_BCD.flatten(0, 1).index_select(0, where_M - self.shift)
         placed_M = uniform_M = None

@@ -91,7 +91,7 @@ def test_positions_alone_never_make_documents(family: str) -> None:
 def test_given_mask_replaces_the_others(tiny_backbone: Backbone) -> None:
     mask = torch.ones(1, 1, 11, 11, dtype=torch.bool).tril()
     with torch.no_grad():
-        a = tiny_backbone.hidden(ids(), causal=False, attention_mask_B1LL=mask)
+        a = tiny_backbone.hidden(ids(), causal=False, attention_mask_B1LM=mask)
         b = tiny_backbone.hidden(ids(), causal=True)
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
