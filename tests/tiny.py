@@ -67,9 +67,16 @@ def tiny_model(family: str = "llama", *, seed: int = 0, attn: str = "sdpa", **co
     return model.eval()
 
 
-def tiny_backbone(family: str = "llama", *, alignment: str = "shifted", **options: Any) -> Backbone:
-    """Return a backbone with NUM_TOKENS real tokens, mask id NUM_TOKENS and ROWS rows; options as for tiny_model."""
-    contract = Contract(alignment=alignment, mask_token_id=NUM_TOKENS, num_tokens=NUM_TOKENS)  # type: ignore[arg-type]
+def tiny_backbone(
+    family: str = "llama", *, alignment: str = "shifted", model_block: int | None = None, **options: Any
+) -> Backbone:
+    """Return a backbone with NUM_TOKENS real tokens, mask id NUM_TOKENS and ROWS rows; options as for tiny_model.
+
+    With `model_block` it is block-causal, in blocks of that many tokens.
+    """
+    fields: dict[str, Any] = {"block_size": model_block, "attention": "block_causal"} if model_block else {}
+    fields["alignment"] = alignment
+    contract = Contract(mask_token_id=NUM_TOKENS, num_tokens=NUM_TOKENS, **fields)
     return Backbone(tiny_model(family, **options), contract)
 
 

@@ -11,17 +11,21 @@ from pydantic import BaseModel, ConfigDict
 from dllm_core.errors import ContractError
 
 Alignment = Literal["shifted", "same_position"]
+Attention = Literal["bidirectional", "block_causal"]
 
 
 class Contract(BaseModel):
-    """Five points on which peers silently disagree, made explicit.
+    """Six points on which peers silently disagree, made explicit.
 
     Attributes:
         alignment: `shifted` - the hidden state at i-1 predicts token i (as in the AR model); `same_position` - at i.
         mask_token_id: id of the mask token; never an id the tokenizer already uses.
         num_tokens: ids 0..num_tokens-1 are real tokens; mask and padding rows above get logit -inf.
         block_size: training block in tokens for block-trained models, else None.
-        weighting: how token losses are weighted ("mean_masked": mean CE over masked tokens of a sequence).
+        attention: `bidirectional` - every token sees the whole sequence; `block_causal` - its own block and earlier
+            ones, blocks of `block_size` tokens counted from the beginning of the document.
+        weighting: how token losses are weighted ("mean_masked": mean CE over masked tokens of a sequence;
+            "block_bound": n / k times the CE of a block of n tokens with k masked).
         normaliser: what the loss is averaged over ("sequence_then_batch").
     """
 
@@ -31,6 +35,7 @@ class Contract(BaseModel):
     mask_token_id: int
     num_tokens: int
     block_size: int | None = None
+    attention: Attention = "bidirectional"
     weighting: str = "mean_masked"
     normaliser: str = "sequence_then_batch"
 

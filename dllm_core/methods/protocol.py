@@ -150,6 +150,21 @@ class SamplingRequest:
     record_history: bool = False
 
 
+@dataclass(frozen=True)
+class CacheDrift:
+    """How far cached passes were from passes over the whole canvas, on the canvases that were met.
+
+    Attributes:
+        max_logit_difference: largest |difference| of a logit of a candidate.
+        changed_tokens: candidates whose most probable token was another one.
+        num_tokens: candidates compared.
+    """
+
+    max_logit_difference: float
+    changed_tokens: int
+    num_tokens: int
+
+
 @dataclass
 class GenerationOutput:
     """What generation returns.
@@ -160,6 +175,7 @@ class GenerationOutput:
         num_forwards: network passes made for the batch (NFE), every network counted.
         first_token_s: seconds until the first token was final.
         commit_step: with `record_history`, per prompt the 1-based forward at which each new token was fixed.
+        drift: with `measure_drift`, what an approximate cache did.
     """
 
     sequences: list[Tensor]
@@ -167,6 +183,7 @@ class GenerationOutput:
     num_forwards: int
     first_token_s: float
     commit_step: list[Tensor] | None = None
+    drift: CacheDrift | None = None
 
     @property
     def tokens_per_forward(self) -> float:

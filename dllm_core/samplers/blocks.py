@@ -7,7 +7,8 @@ scheduled rules it never reads anything back from the device.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -18,14 +19,44 @@ from dllm_core.samplers.schedule import block_schedule
 FINISHED = -2  # never equal to a block index, nor to the -1 of positions outside all blocks
 
 
-def block_of_positions(to_fill_BC: Tensor, block_size: int | None) -> Tensor:
-    """Return the block index of every position to fill, -1 elsewhere.
+def split_blocks(places: Sequence[int], block_size: int | None, model_block: int | None = None) -> list[list[int]]:
+    """Return a row's places to fill, block by block from left to right.
 
-    Blocks are counted over the positions to fill, so that masks anywhere (infilling) make full blocks too.
+    Blocks are counted over the places, so that masks anywhere (infilling) make full blocks too.
+
+    Args:
+        places: positions to fill, ascending.
+        block_size: most places of a block; None is no limit.
+        model_block: tokens of a block of a block-causal model, counted from the beginning of the row; no block crosses
+            the border of one. None for models without.
     """
-    rank_BC = to_fill_BC.cumsum(-1) - 1
-    block_BC = torch.zeros_like(rank_BC) if block_size is None else rank_BC // block_size
-    return torch.where(to_fill_BC, block_BC, -1)
+    groups = [list(g) for _, g in groupby(places, lambda p: p // model_block)] if model_block else [list(places)]
+    size = block_size or max(1, len(places))
+    return [group[i : i + size] for group in groups for i in range(0, len(group), size)]
+
+
+def block_table(blocks_of_rows: Sequence[Sequence[Sequence[int]]], length: int) -> Tensor:
+    """Return the block index of every position to fill, -1 elsewhere, int64 [B, C]."""
+    block_BC = torch.full((len(blocks_of_rows), length), -1)
+    for row, blocks in enumerate(blocks_of_rows):
+        for index, places in enumerate(blocks):
+            block_BC[row, list(places)] = index
+    return block_BC
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a row works in one pass: its active blocks lie in positions start..stop-1.
+
+    Attributes:
+        start: first place of the leftmost active block; everything before it is final.
+        stop: end of the rightmost one.
+        block: index of the leftmost one.
+    """
+
+    start: int
+    stop: int
+    block: int
 
 
 @dataclass(frozen=True)
@@ -36,16 +67,21 @@ class StepPlan:
         block_B: int64; the active block of each row, `FINISHED` for rows that are done.
         keep_B: int64; candidates to accept in each row (at least, for adaptive rules).
         num_scored: candidates in the whole batch.
+        spans: where each row works, None for rows that are done.
     """
 
     block_B: Tensor
     keep_B: Tensor
     num_scored: int
+    spans: tuple[Span | None, ...]
 
 
-@dataclass
 class RowPlan:
     """One row's way through its blocks.
+
+    Args:
+        blocks: places to fill of each block.
+        steps: most forwards for the row.
 
     Attributes:
         schedule: tokens per step of each block.
@@ -55,15 +91,20 @@ class RowPlan:
         finished: nothing more to do.
     """
 
-    schedule: list[list[int]]
-    block: int = 0
-    step: int = 0
-    left: int = 0
-    finished: bool = field(default=False)
-
-    def __post_init__(self) -> None:
+    def __init__(self, blocks: Sequence[Sequence[int]], steps: int) -> None:
+        self.blocks = blocks
+        self.schedule = block_schedule([len(places) for places in blocks], steps)
+        self.block = self.step = 0
         self.finished = not self.schedule
         self.left = 0 if self.finished else sum(self.schedule[0])
+
+    @property
+    def span(self) -> Span | None:
+        """Where the row works now; None once it is finished."""
+        if self.finished:
+            return None
+        places = self.blocks[self.block]
+        return Span(places[0], places[-1] + 1, self.block)
 
     def keep(self, rule: AcceptanceRule) -> tuple[int, int]:
         """Return (candidates to accept, candidates) of the next forward."""
@@ -92,15 +133,14 @@ class Plan:
     """The plans of all rows.
 
     Args:
-        num_to_fill: tokens to generate in each row.
+        blocks_of_rows: of each row, the places of each block.
         steps: most forwards for a row.
-        block_size: tokens per block; None is one block.
         rule: says whether counts are known in advance and whether placed tokens compete again.
     """
 
-    def __init__(self, num_to_fill: Sequence[int], steps: int, block_size: int | None, rule: AcceptanceRule) -> None:
+    def __init__(self, blocks_of_rows: Sequence[Sequence[Sequence[int]]], steps: int, rule: AcceptanceRule) -> None:
         self.rule = rule
-        self.rows = [RowPlan(block_schedule(n, steps, block_size)) for n in num_to_fill]
+        self.rows = [RowPlan(blocks, steps) for blocks in blocks_of_rows]
 
     def next_step(self, device: torch.device) -> StepPlan | None:
         """Return what the next forward has to do, None when every row is finished."""
@@ -111,7 +151,7 @@ class Plan:
             [[FINISHED if row.finished else row.block for row in self.rows], [keep for keep, _ in keeps]]
         )
         block_B, keep_B = table.to(device, non_blocking=True)
-        return StepPlan(block_B, keep_B, sum(scored for _, scored in keeps))
+        return StepPlan(block_B, keep_B, sum(scored for _, scored in keeps), tuple(row.span for row in self.rows))
 
     def advance(self, accepted: Sequence[int] | None) -> None:
         """Take one step in every row.

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dllm_core.backbone import masks
 from dllm_core.corruption.noise import NoiseSource
 from dllm_core.methods.protocol import GenerationOutput
 from dllm_core.samplers.acceptance import Draft, acceptance_rule
-from dllm_core.samplers.blocks import Plan, StepPlan, block_of_positions
+from dllm_core.samplers.blocks import Plan, StepPlan, block_table, split_blocks
 from dllm_core.samplers.canvas import Canvas
 from dllm_core.samplers.denoise import propose
+from dllm_core.samplers.denoisers import FullCanvas, Shape, denoiser_for, model_block_size, shift_of
+from dllm_core.samplers.drift import DriftMeter
 from dllm_core.samplers.stopwatch import Stopwatch
 from dllm_core.samplers.streaming import DraftStream, OnDraft, Streamer
 
@@ -109,29 +110,30 @@ class Decoding:
     ) -> None:
         self.device = backbone.device
         self.stopwatch = Stopwatch(self.device)
-        contract = backbone.contract
-        self.shift = 1 if contract.alignment == "shifted" else 0
-        canvas.check(len(backbone.embedding_weight_VD), first_token_given=self.shift == 1)
+        canvas.check(len(backbone.embedding_weight_VD), first_token_given=shift_of(backbone) == 1)
         self.backbone, self.config, self.lengths = backbone, config, canvas.lengths
         self.rule = acceptance_rule(config.sampler_config)
-        self.mask_token_id = contract.mask_token_id
+        self.mask_token_id = backbone.contract.mask_token_id
         # positions to fill, per row, known on the host: the plan is made from them
         self.places = [row.nonzero()[:, 0].tolist() for row in canvas.to_fill_BC.cpu()]
-        for places in self.places:
-            config.require_steps(len(places))
-        self.plan = Plan([len(p) for p in self.places], config.max_denoising_steps, config.block_size, self.rule)
+        model_block = model_block_size(backbone)
+        blocks_of_rows = [split_blocks(places, config.block_size, model_block) for places in self.places]
+        for places, blocks in zip(self.places, blocks_of_rows, strict=True):
+            config.require_steps(len(places), len(blocks))
+        config.require_block(max(map(len, self.places)))
+        self.plan = Plan(blocks_of_rows, config.max_denoising_steps, self.rule)
 
         to_fill_BC = canvas.to_fill_BC.to(self.device)
         self.real_BC = canvas.real_BC.to(self.device)
-        self.block_BC = block_of_positions(to_fill_BC, config.block_size)
+        self.block_BC = block_table(blocks_of_rows, to_fill_BC.shape[1]).to(self.device)
         self.canvas_BC = self.rule.initialize_canvas(
             canvas.input_ids_BC.to(self.device), to_fill_BC, self.mask_token_id
         )
         self.masked_BC = to_fill_BC
         self.commit_BC = torch.zeros_like(self.canvas_BC)
-        self.attention_mask_B1LM = None
-        if canvas.is_padded:
-            self.attention_mask_B1LM = masks.document_mask(self.real_BC.long() - 1, causal=False)
+        shape = Shape(canvas.lengths, to_fill_BC.shape[1])
+        self.denoiser = denoiser_for(backbone, shape, config.cache)
+        self.drift = DriftMeter(backbone, FullCanvas(backbone, shape)) if config.measure_drift else None
         self._start_eos(to_fill_BC)
         self._start_noise(to_fill_BC, tuple(range(len(self.lengths)) if sample_ids is None else sample_ids))
         self.passes = 0
@@ -166,7 +168,7 @@ class Decoding:
         self.passes += 1
         active_BC = self.block_BC == step.block_B[:, None]
         candidate_BC = self.rule.candidates(self.masked_BC, active_BC)
-        draft = self._denoise(candidate_BC, step.num_scored)
+        draft = self._denoise(candidate_BC, step)
         accepted_BC = self.rule.accept(draft, step.keep_B)
         drafted_BC = torch.where(candidate_BC, draft.token_BC, self.canvas_BC)
         fixed_BC = accepted_BC & self.masked_BC
@@ -180,11 +182,12 @@ class Decoding:
             self._finish_ended_rows()
         return drafted_BC
 
-    def _denoise(self, candidate_BC: Tensor, num_scored: int) -> Draft:
+    def _denoise(self, candidate_BC: Tensor, step: StepPlan) -> Draft:
         """Run the network on the canvas and its head on the states that predict the candidates."""
-        states_BCD = self.backbone.hidden(self.canvas_BC, causal=False, attention_mask_B1LM=self.attention_mask_B1LM)
-        where_M = positions(candidate_BC, num_scored)
-        hidden_MD = states_BCD.flatten(0, 1).index_select(0, where_M - self.shift)
+        where_M = positions(candidate_BC, step.num_scored)
+        hidden_MD = self.denoiser.predict(self.canvas_BC, step.spans, where_M)
+        if self.drift:
+            self.drift.add(self.canvas_BC, step.spans, where_M, hidden_MD)
         placed_M = uniform_M = None
         if self.rule.revises:
             placed_M = torch.where(self.masked_BC, -1, self.canvas_BC).flatten()[where_M]
@@ -226,14 +229,14 @@ class Decoding:
 
     def settled(self, row: int) -> int:
         """Return the position of the active block: what lies before it is final. 0 once the row is finished."""
-        plan, places = self.plan.rows[row], self.places[row]
-        return 0 if plan.finished else places[plan.block * (self.config.block_size or len(places))]
+        span = self.plan.rows[row].span
+        return 0 if span is None else span.start
 
     def block_end(self, row: int) -> int:
         """Return the position at which the active block of an unfinished row ends."""
-        places = self.places[row]
-        size = self.config.block_size or len(places)
-        return places[min((self.plan.rows[row].block + 1) * size, len(places)) - 1] + 1
+        span = self.plan.rows[row].span
+        assert span is not None, "the row has an active block"
+        return span.stop
 
     def output(self) -> GenerationOutput:
         """Return the finished sequences."""
@@ -250,4 +253,5 @@ class Decoding:
             num_forwards=self.passes,
             first_token_s=self.stopwatch.seconds(first),
             commit_step=commits if self.config.record_history else None,
+            drift=self.drift.result() if self.drift else None,
         )

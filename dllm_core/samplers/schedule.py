@@ -59,13 +59,12 @@ def steps_per_block(blocks: Sequence[int], steps: int) -> list[int]:
     return split
 
 
-def block_schedule(num_masked: int, steps: int, block_size: int | None = None) -> list[list[int]]:
-    """Return the tokens accepted at each step of each block."""
-    blocks = block_sizes(num_masked, block_size)
+def block_schedule(blocks: Sequence[int], steps: int) -> list[list[int]]:
+    """Return the tokens accepted at each step of each block, given the tokens of each block."""
     splits = steps_per_block(blocks, steps)
     return [tokens_per_step(size, split) for size, split in zip(blocks, splits, strict=True)]
 
 
 def inspect_schedule(num_masked: int, steps: int, block_size: int | None = None) -> list[int]:
     """Return the tokens accepted at each forward of a scheduled rule; its length is the number of forwards."""
-    return [count for block in block_schedule(num_masked, steps, block_size) for count in block]
+    return [count for block in block_schedule(block_sizes(num_masked, block_size), steps) for count in block]

@@ -8,18 +8,77 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from dllm_core.backbone.backbone import Backbone
 from dllm_core.corruption.noise import NoiseSource
-from dllm_core.samplers.config import DiffusionGenerationConfig
+from dllm_core.samplers.config import CacheConfig, DiffusionGenerationConfig
 
 
-def float64_log_probs(model: Any, canvas: list[int], *, num_tokens: int, shifted: bool) -> list[list[float]]:
-    """Return log p[position][token] of a bidirectional pass, aligned so that row i predicts token i."""
-    logits = model(input_ids=torch.tensor([canvas]), is_causal=False, use_cache=False).logits[0].double()
-    if shifted:
-        logits = torch.cat((logits[:1], logits[:-1]))
-    return logits[:, :num_tokens].log_softmax(-1).tolist()
+class Model:
+    """A float64 copy of a backbone that answers for one canvas: whole, or partly from keys and values it has kept.
+
+    What is kept is a plain list of keys and values by position, laid together anew for every pass in transformers' own
+    growing cache: other positions first, those of the pass behind them.
+    """
+
+    def __init__(self, backbone: Backbone, cache: CacheConfig) -> None:
+        contract = backbone.contract
+        self.model: Any = copy.deepcopy(backbone.model).double()
+        self.num_tokens, self.shift = contract.num_tokens, 1 if contract.alignment == "shifted" else 0
+        self.block = contract.block_size if contract.attention == "block_causal" else None
+        self.cache = cache
+        self.kept: list[tuple[Tensor, Tensor]] | None = None
+        self.states: dict[int, Tensor] = {}
+        self.last_block: object = None
+        self.since_full = 0
+        self.starts: list[int] = []
+
+    def log_probs(self, canvas: list[int], block: list[int]) -> list[list[float]]:
+        """Return log p[position][token], aligned so that row i predicts token i; right for `block` at least."""
+        length, start, stop = len(canvas), 0, len(canvas)
+        if self.cache.is_approximate:
+            self.starts.append(block[0])
+            every = self.cache.refresh_every
+            begins = self.kept is None or (self.cache.kind != "delayed" and self.last_block != block)
+            if begins or (every is not None and self.since_full == every):
+                self.since_full = 0
+            elif self.cache.kind == "delayed":
+                start = self.starts[max(0, len(self.starts) - 1 - self.cache.delay)] - self.shift
+            else:
+                start = block[0] - self.shift
+                stop = block[-1] + 1 if self.cache.kind == "dual" else length
+            self.since_full, self.last_block = self.since_full + 1, block
+        start = max(0, start)
+        logits = self._run(canvas, start, stop)
+        for n, position in enumerate(range(start, stop)):
+            self.states[position] = logits[n]
+        rows = [self.states[max(0, i - self.shift)] for i in range(length)]
+        return torch.stack(rows)[:, : self.num_tokens].log_softmax(-1).tolist()
+
+    def _run(self, canvas: list[int], start: int, stop: int) -> Tensor:
+        length = len(canvas)
+        others = [i for i in range(length) if not start <= i < stop]
+        past = DynamicCache()
+        if others:
+            assert self.kept is not None
+            for layer, (keys, values) in enumerate(self.kept):
+                past.update(keys[:, :, others], values[:, :, others], layer)
+        query = torch.arange(start, stop)
+        key = torch.tensor([*others, *range(start, stop)])
+        seen = torch.ones(len(query), len(key), dtype=torch.bool)
+        if self.block:
+            seen = key // self.block <= query[:, None] // self.block
+        logits = self.model(
+            input_ids=torch.tensor([canvas[start:stop]]),
+            position_ids=query[None],
+            attention_mask=seen[None, None],
+            past_key_values=past,
+            use_cache=True,
+        ).logits[0]
+        back = key.argsort()
+        self.kept = [(layer.keys[:, :, back], layer.values[:, :, back]) for layer in past.layers]
+        return logits.double()
 
 
 def draw(log_p: list[float], temperature: float, top_k: int | None, top_p: float | None, uniform: float) -> int:
@@ -51,7 +110,7 @@ def decode(
 ) -> tuple[list[int], list[int], int]:
     """Return (tokens, 1-based commit pass of every open position, passes); EOS is not looked at."""
     contract = backbone.contract
-    model = copy.deepcopy(backbone.model).double()
+    model = Model(backbone, config.cache)
     open_ = [i for i, given in enumerate(fixed.tolist()) if not given]
     canvas = [contract.mask_token_id if i in open_ else t for i, t in enumerate(ids.tolist())]
     masked, commit, passes = set(open_), dict.fromkeys(open_, 0), 0
@@ -64,6 +123,11 @@ def decode(
     priority = uniforms("order")
     size = config.block_size or max(1, len(open_))
     blocks = [open_[i : i + size] for i in range(0, len(open_), size)]
+    if model.block:
+        inside: dict[int, list[int]] = {}
+        for i in open_:
+            inside.setdefault(i // model.block, []).append(i)
+        blocks = [group[i : i + size] for group in inside.values() for i in range(0, len(group), size)]
     budget = spread([len(b) for b in blocks], min(config.max_denoising_steps, len(open_)))
     for block, steps in zip(blocks, budget, strict=True):
         placed = 0
@@ -71,9 +135,7 @@ def decode(
             if not masked & set(block):
                 break
             passes += 1
-            log_p = float64_log_probs(
-                model, canvas, num_tokens=contract.num_tokens, shifted=contract.alignment == "shifted"
-            )
+            log_p = model.log_probs(canvas, block)
             uniform = uniforms(f"tokens {passes}")
             candidates = block if rule == "p2" else [i for i in block if i in masked]
             token, score = {}, {}

@@ -103,16 +103,16 @@ def test_mixed_lengths_in_a_batch_equal_one_at_a_time(family: str, rule: str, te
 
 def test_padding_is_what_makes_the_mask_necessary(backbone: Backbone) -> None:
     """The same rows decoded without lengths give other tokens, so the test above can fail."""
-    from dllm_core.samplers import loop
+    from dllm_core.backbone import masks
 
     rows = prompts(9, 2)
     right = generate(backbone, rows, settings())
-    plain = loop.masks.document_mask
-    loop.masks.document_mask = lambda document_BL, *, causal: torch.ones(2, 1, 21, 21, dtype=torch.bool)
+    plain = masks.document_mask
+    masks.document_mask = lambda document_BL, *, causal: torch.ones(2, 1, 21, 21, dtype=torch.bool)
     try:
         wrong = generate(backbone, rows, settings())
     finally:
-        loop.masks.document_mask = plain
+        masks.document_mask = plain
     assert torch.equal(right.sequences[0], wrong.sequences[0])
     assert not torch.equal(right.sequences[1], wrong.sequences[1])
 

@@ -24,7 +24,12 @@ from dllm_core.samplers.config import (
 @pytest.mark.parametrize("rule", SAMPLERS)
 def test_round_trip_through_json(rule: str) -> None:
     config = DiffusionGenerationConfig(
-        max_new_tokens=7, sampler_config=rule, top_p=0.9, eos_token_id=[1, 2], block_size=4
+        max_new_tokens=7,
+        sampler_config=rule,
+        top_p=0.9,
+        eos_token_id=[1, 2],
+        block_size=4,
+        cache={"kind": "delayed", "delay": 3},
     )
     assert DiffusionGenerationConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert copy.deepcopy(config) == config
@@ -62,6 +67,13 @@ def test_rules_can_be_named_in_three_ways() -> None:
         ({"temperature": "hot"}, "temperature='hot'", ">= 0"),
         ({"seed": "x"}, "seed='x'", "integer"),
         ({"eos_token_id": -1}, "eos_token_id=-1", ">= 0"),
+        ({"cache": "prefx"}, "Unknown cache 'prefx'", "Did you mean 'prefix'"),
+        ({"cache": {"kind": "dual", "refresh_evry": 2}}, "Unknown cache setting 'refresh_evry'", "refresh_every"),
+        ({"cache": {"kind": "dual", "refresh_every": 0}}, "refresh_every=0", "at least 1"),
+        ({"cache": {"kind": "exact", "refresh_every": 2}}, "'exact' is never refreshed", "refresh_every"),
+        ({"cache": {"kind": "prefix", "delay": 2}}, "'prefix' has no delay", "delayed"),
+        ({"cache": "exact", "measure_drift": True}, "has no drift", "measure_drift"),
+        ({"measure_drift": 1}, "measure_drift=1 is neither", "truth"),
     ],
 )
 def test_bad_settings_are_refused_in_two_lines(settings: dict[str, Any], problem: str, remedy: str) -> None:

@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from dllm_core.samplers.schedule import block_schedule, inspect_schedule, steps_per_block, tokens_per_step
+from dllm_core.samplers.schedule import block_schedule, block_sizes, inspect_schedule, steps_per_block, tokens_per_step
 
 
 def test_counts_are_exact_for_every_small_combination() -> None:
@@ -48,7 +48,7 @@ def test_inspector_lists_every_forward() -> None:
     assert inspect_schedule(10, 4, 4) == [2, 2, 4, 2]
     assert inspect_schedule(0, 4) == []
     for tokens, steps, size in product((1, 7, 16, 33), (8, 20, 50), (5, 16, None)):
-        blocks = block_schedule(tokens, steps, size)
+        blocks = block_schedule(block_sizes(tokens, size), steps)
         assert [sum(b) for b in blocks[:-1]] == [size] * (len(blocks) - 1)
         assert sum(inspect_schedule(tokens, steps, size)) == tokens
         assert len(inspect_schedule(tokens, steps, size)) == min(steps, tokens)

@@ -1,0 +1,114 @@
+"""Settings of the acceptance rules: one class each, named by class or by word. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from dllm_core.errors import DllmError, did_you_mean
+from dllm_core.samplers.checks import is_number, refuse_unknown
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """Base of the acceptance rules' settings; every rule is a subclass with its own parameters.
+
+    Attributes:
+        name: the word the rule is known by.
+    """
+
+    name: ClassVar[str] = ""
+
+    def __new__(cls, **kwargs: Any) -> SamplerConfig:
+        """Refuse unknown parameters with a suggestion."""
+        refuse_unknown(cls, kwargs, f"{cls.name} sampler")
+        return super().__new__(cls)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return `{"name": ..., parameters}`."""
+        return {"name": self.name, **{f.name: getattr(self, f.name) for f in fields(self)}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomSamplerConfig(SamplerConfig):
+    """Accept positions in a random order, drawn once per sample."""
+
+    name: ClassVar[str] = "random"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfidenceSamplerConfig(SamplerConfig):
+    """Accept the tokens with the highest probability at temperature 1 (MaskGIT, arXiv 2202.04200)."""
+
+    name: ClassVar[str] = "confidence"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarginSamplerConfig(SamplerConfig):
+    """Accept where the best token leads the second best by most, in probability (arXiv 2502.06768)."""
+
+    name: ClassVar[str] = "margin"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropySamplerConfig(SamplerConfig):
+    """Accept where the prediction's entropy at temperature 1 is lowest (Dream, arXiv 2508.15487)."""
+
+    name: ClassVar[str] = "entropy"
+
+
+@dataclass(frozen=True, kw_only=True)
+class P2SamplerConfig(SamplerConfig):
+    """Path planning, self-planning variant (arXiv 2502.03540): placed tokens compete again and may be masked anew.
+
+    A placed token is scored by its own probability. That is a heuristic: the model sees the token while scoring it.
+    """
+
+    name: ClassVar[str] = "p2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThresholdSamplerConfig(SamplerConfig):
+    """Accept every token whose probability reaches a threshold (Fast-dLLM, arXiv 2505.22618).
+
+    At least `ceil(masks left / steps left)` tokens are accepted at each step, the most confident first: hence one
+    token when `max_denoising_steps` is at least the number of tokens, and never more forwards than allowed.
+
+    Attributes:
+        threshold: probability in (0, 1].
+    """
+
+    name: ClassVar[str] = "threshold"
+    threshold: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not is_number(self.threshold) or not 0 < self.threshold <= 1:
+            raise DllmError(f"threshold={self.threshold!r} is not a probability.", "Give a number in (0, 1].")
+
+
+SAMPLERS: dict[str, type[SamplerConfig]] = {
+    c.name: c
+    for c in (
+        RandomSamplerConfig,
+        ConfidenceSamplerConfig,
+        MarginSamplerConfig,
+        EntropySamplerConfig,
+        P2SamplerConfig,
+        ThresholdSamplerConfig,
+    )
+}
+
+
+def sampler_config(value: SamplerConfig | str | dict[str, Any]) -> SamplerConfig:
+    """Return the rule's settings from an object, a word, or a dict with `name`.
+
+    Raises:
+        DllmError: unknown rule or parameter.
+    """
+    if isinstance(value, SamplerConfig):
+        return value
+    parameters = dict(value) if isinstance(value, dict) else {"name": value}
+    name = parameters.pop("name", None)
+    if name not in SAMPLERS:
+        raise DllmError(f"Unknown sampler {name!r}.", did_you_mean(str(name), SAMPLERS))
+    return SAMPLERS[name](**parameters)
