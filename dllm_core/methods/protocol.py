@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from dllm_core.data.order import SampleOrder
     from dllm_core.data.sequences import SequenceSet
     from dllm_core.data.trajectories import TrajectoryStore
+    from dllm_core.samplers.record import CacheDrift, DenoisingStep
 
 
 @dataclass(frozen=True)
@@ -150,21 +151,6 @@ class SamplingRequest:
     record_history: bool = False
 
 
-@dataclass(frozen=True)
-class CacheDrift:
-    """How far cached passes were from passes over the whole canvas, on the canvases that were met.
-
-    Attributes:
-        max_logit_difference: largest |difference| of a logit of a candidate.
-        changed_tokens: candidates whose most probable token was another one.
-        num_tokens: candidates compared.
-    """
-
-    max_logit_difference: float
-    changed_tokens: int
-    num_tokens: int
-
-
 @dataclass
 class GenerationOutput:
     """What generation returns.
@@ -176,6 +162,7 @@ class GenerationOutput:
         first_token_s: seconds until the first token was final.
         commit_step: with `record_history`, per prompt the 1-based forward at which each new token was fixed.
         drift: with `measure_drift`, what an approximate cache did.
+        history: with `record_passes`, every pass.
     """
 
     sequences: list[Tensor]
@@ -184,6 +171,7 @@ class GenerationOutput:
     first_token_s: float
     commit_step: list[Tensor] | None = None
     drift: CacheDrift | None = None
+    history: list[DenoisingStep] | None = None
 
     @property
     def tokens_per_forward(self) -> float:

@@ -27,7 +27,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dllm_core.samplers.config import SamplerConfig, ThresholdSamplerConfig
+from dllm_core.samplers.config import (
+    EntropyBoundSamplerConfig,
+    FactorSamplerConfig,
+    SamplerConfig,
+    ThresholdSamplerConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -51,11 +56,16 @@ class Draft:
     priority_BC: Tensor | None = None
 
 
-def best_candidates(score_BC: Tensor, candidate_BC: Tensor, keep_B: Tensor) -> Tensor:
-    """Return the `keep_B` best-scored candidates of each row as bool [B, C]; of equals, the left one."""
+def order_candidates(score_BC: Tensor, candidate_BC: Tensor) -> Tensor:
+    """Return positions by falling score, int64 [B, C]: candidates first, of equals the left one first."""
     lowest = torch.finfo(score_BC.dtype).min  # so that a score of -inf still ranks above no candidate at all
     ranked_BC = torch.where(candidate_BC, score_BC.clamp(min=lowest), -torch.inf)
-    order_BC = ranked_BC.argsort(dim=-1, descending=True, stable=True)
+    return ranked_BC.argsort(dim=-1, descending=True, stable=True)
+
+
+def best_candidates(score_BC: Tensor, candidate_BC: Tensor, keep_B: Tensor) -> Tensor:
+    """Return the `keep_B` best-scored candidates of each row as bool [B, C]; of equals, the left one."""
+    order_BC = order_candidates(score_BC, candidate_BC)
     place_C = torch.arange(score_BC.shape[1], device=score_BC.device)
     rank_BC = torch.empty_like(order_BC).scatter_(1, order_BC, place_C.expand_as(order_BC))
     return candidate_BC & (rank_BC < keep_B[:, None])
@@ -151,15 +161,55 @@ class P2Rule(ConfidenceRule):
     revises = True
 
 
-class ThresholdRule(ConfidenceRule):
-    """Every token with p >= threshold, and the `keep_B` most confident whatever their p (arXiv 2505.22618)."""
+class AdaptiveRule(AcceptanceRule):
+    """Accepts what its scores allow, and `keep_B` in any case, so that every pass gets somewhere."""
 
     adaptive = True
 
+    @abstractmethod
+    def certain(self, draft: Draft) -> Tensor:
+        """Return the candidates that the scores alone let through, bool [B, C]."""
+
     def accept(self, draft: Draft, keep_B: Tensor) -> Tensor:
+        """Return the candidates that stand, bool [B, C]: at least the `keep_B` best of each row."""
+        return self.certain(draft) | super().accept(draft, keep_B)
+
+
+class ThresholdRule(AdaptiveRule, ConfidenceRule):
+    """Every token with p >= threshold, and the `keep_B` most confident whatever their p (arXiv 2505.22618)."""
+
+    def certain(self, draft: Draft) -> Tensor:
         assert isinstance(self.config, ThresholdSamplerConfig)
-        certain_BC = draft.candidate_BC & (draft.logprob_BC >= log(self.config.threshold))
-        return certain_BC | super().accept(draft, keep_B)
+        return draft.candidate_BC & (draft.logprob_BC >= log(self.config.threshold))
+
+
+class FactorRule(AdaptiveRule, ConfidenceRule):
+    """The n most confident tokens while (n + 1)(1 - p_n) <= factor; the first one in any case (arXiv 2505.22618)."""
+
+    def certain(self, draft: Draft) -> Tensor:
+        assert isinstance(self.config, FactorSamplerConfig)
+        order_BC = order_candidates(self.score(draft), draft.candidate_BC)
+        p_BC = draft.logprob_BC.gather(1, order_BC).exp()
+        n_C = torch.arange(1, p_BC.shape[1] + 1, device=p_BC.device)
+        allowed_BC = ((n_C + 1) * (1 - p_BC) <= self.config.factor) | (n_C == 1)
+        return _prefix(allowed_BC, order_BC) & draft.candidate_BC
+
+
+class EntropyBoundRule(AdaptiveRule, EntropyRule):
+    """The tokens of lowest entropy while the entropies before them sum up to the bound at most (arXiv 2505.24857)."""
+
+    def certain(self, draft: Draft) -> Tensor:
+        assert isinstance(self.config, EntropyBoundSamplerConfig)
+        assert draft.entropy_BC is not None
+        order_BC = order_candidates(self.score(draft), draft.candidate_BC)
+        entropy_BC = draft.entropy_BC.double().gather(1, order_BC)
+        before_BC = entropy_BC.cumsum(-1) - entropy_BC
+        return _prefix(before_BC <= self.config.entropy_bound, order_BC) & draft.candidate_BC
+
+
+def _prefix(allowed_BC: Tensor, order_BC: Tensor) -> Tensor:
+    """Return, at their positions, the entries in order before the first that is not allowed."""
+    return torch.zeros_like(allowed_BC).scatter_(1, order_BC, allowed_BC.cumprod(-1).bool())
 
 
 RULES: dict[str, type[AcceptanceRule]] = {
@@ -169,6 +219,8 @@ RULES: dict[str, type[AcceptanceRule]] = {
     "entropy": EntropyRule,
     "p2": P2Rule,
     "threshold": ThresholdRule,
+    "factor": FactorRule,
+    "entropy_bound": EntropyBoundRule,
 }
 
 

@@ -68,12 +68,14 @@ class StepPlan:
         keep_B: int64; candidates to accept in each row (at least, for adaptive rules).
         num_scored: candidates in the whole batch.
         spans: where each row works, None for rows that are done.
+        shares_left: of each row, (passes left, this one included) / passes of its block.
     """
 
     block_B: Tensor
     keep_B: Tensor
     num_scored: int
     spans: tuple[Span | None, ...]
+    shares_left: tuple[float, ...]
 
 
 class RowPlan:
@@ -106,6 +108,14 @@ class RowPlan:
         places = self.blocks[self.block]
         return Span(places[0], places[-1] + 1, self.block)
 
+    @property
+    def share_left(self) -> float:
+        """Passes that are left in the active block, of those it has; 0 once the row is finished."""
+        if self.finished:
+            return 0.0
+        passes = len(self.schedule[self.block])
+        return (passes - self.step) / passes
+
     def keep(self, rule: AcceptanceRule) -> tuple[int, int]:
         """Return (candidates to accept, candidates) of the next forward."""
         if self.finished:
@@ -118,7 +128,7 @@ class RowPlan:
         return counts[self.step], self.left
 
     def advance(self, rule: AcceptanceRule, accepted: int | None) -> None:
-        """Take one step; `accepted` is the number of tokens fixed by an adaptive rule."""
+        """Take one step; `accepted` is by how many the open places became fewer, None where the schedule says it."""
         if self.finished:
             return
         self.left -= self.schedule[self.block][self.step] if accepted is None else accepted
@@ -151,13 +161,14 @@ class Plan:
             [[FINISHED if row.finished else row.block for row in self.rows], [keep for keep, _ in keeps]]
         )
         block_B, keep_B = table.to(device, non_blocking=True)
-        return StepPlan(block_B, keep_B, sum(scored for _, scored in keeps), tuple(row.span for row in self.rows))
+        spans, shares = tuple(row.span for row in self.rows), tuple(row.share_left for row in self.rows)
+        return StepPlan(block_B, keep_B, sum(scored for _, scored in keeps), spans, shares)
 
     def advance(self, accepted: Sequence[int] | None) -> None:
         """Take one step in every row.
 
         Args:
-            accepted: tokens fixed in each row; None for scheduled rules, which know.
+            accepted: by how many the open places of each row became fewer; None where the schedule says it.
         """
         for i, row in enumerate(self.rows):
             row.advance(self.rule, None if accepted is None else accepted[i])

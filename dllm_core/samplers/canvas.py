@@ -74,6 +74,13 @@ class Canvas:
             tuple(len(row) for row in rows),
         )
 
+    def row(self, index: int) -> Canvas:
+        """Return one row without its padding."""
+        length = self.lengths[index]
+        return Canvas(
+            self.input_ids_BC[index : index + 1, :length], self.fixed_BC[index : index + 1, :length], (length,)
+        )
+
     @property
     def is_padded(self) -> bool:
         return any(n < self.input_ids_BC.shape[1] for n in self.lengths)

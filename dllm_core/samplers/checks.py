@@ -48,3 +48,13 @@ def require_flag(name: str, value: Any) -> None:
     """
     if not isinstance(value, bool):
         raise DllmError(f"{name}={value!r} is neither True nor False.", f"Give {name} a truth value.")
+
+
+def require_above_zero(name: str, value: Any) -> None:
+    """Refuse what is not a finite number above 0.
+
+    Raises:
+        DllmError: naming setting and value.
+    """
+    if not is_number(value) or not 0 < value < float("inf"):
+        raise DllmError(f"{name}={value!r} is not a number above 0.", f"Give {name} a finite number above 0.")

@@ -12,11 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 from dllm_core.errors import DllmError
 from dllm_core.samplers.cache_settings import CacheConfig, cache_config
-from dllm_core.samplers.checks import is_int, is_number, refuse_unknown, require_flag, require_positive
+from dllm_core.samplers.checks import (
+    is_int,
+    is_number,
+    refuse_unknown,
+    require_above_zero,
+    require_flag,
+    require_positive,
+)
 from dllm_core.samplers.rule_settings import (
     SAMPLERS,
     ConfidenceSamplerConfig,
+    EntropyBoundSamplerConfig,
     EntropySamplerConfig,
+    FactorSamplerConfig,
     MarginSamplerConfig,
     P2SamplerConfig,
     RandomSamplerConfig,
@@ -33,7 +42,9 @@ __all__ = [
     "CacheConfig",
     "ConfidenceSamplerConfig",
     "DiffusionGenerationConfig",
+    "EntropyBoundSamplerConfig",
     "EntropySamplerConfig",
+    "FactorSamplerConfig",
     "MarginSamplerConfig",
     "P2SamplerConfig",
     "RandomSamplerConfig",
@@ -51,13 +62,24 @@ class DiffusionGenerationConfig:
     Attributes:
         max_new_tokens: length of the generated span, in tokens. Not used when infilling: the mask says how many.
         max_denoising_steps: most network passes for the whole span. Scheduled rules use exactly
-            `min(max_denoising_steps, tokens)` passes, `threshold` at most that many.
+            `min(max_denoising_steps, tokens)` passes, those that go by scores (`threshold`, `factor`,
+            `entropy_bound`) at most that many.
         sampler_config: acceptance rule; an object, a word or a dict.
         temperature: 0 takes the most probable token; otherwise tokens are drawn at this temperature. Confidence is
             always taken at temperature 1.
+        t_max: temperature of the first pass of a block, in place of `temperature`; it falls linearly to `t_min`, as in
+            transformers: t_min + (t_max - t_min) * passes left / passes.
+        t_min: where `t_max` leads to; reached after the last pass.
+        guidance_scale: classifier-free guidance. At each pass the model also reads the canvas with all given tokens
+            masked, and logits become unconditional + scale * (conditional - unconditional); both are one batch. 1 is no
+            guidance and makes no second pass. (LLaDA's cfg_scale is this one minus 1.)
         top_p: draw from the smallest set of tokens whose probability at `temperature` reaches `top_p`.
         top_k: draw from the `top_k` most probable tokens.
         block_size: tokens per block; blocks are decoded left to right. None is one block.
+        stability_threshold: accept all drafts of a row's block once they have been the same for that many passes beyond
+            the first (as in transformers' diffusion models); None never does. Saves passes where the
+            schedule is longer than the text needs.
+        confidence_threshold: for that, the mean entropy of the drafts must be below so many nats; None asks for none.
         stop_at_eos: stop a sequence at its first end-of-sequence token; what comes after is dropped.
         eos_token_id: one id or several; None takes the model's own.
         seed: keys the noise together with the sample ids.
@@ -66,6 +88,9 @@ class DiffusionGenerationConfig:
         measure_drift: make a full pass beside every cached one and return how far they are apart. For `approximate`
             caches; costs more than no cache.
         record_history: return the pass at which each token was fixed.
+        record_passes: return canvas, drafts, scores and what was accepted of every pass.
+        verify: decode every row by itself as well, on the whole canvas and without fused kernels, and raise at the
+            first pass after which the two differ. For tests and doubts; at least twice the work.
 
     Raises:
         DllmError: an unknown name, or a value out of range.
@@ -75,15 +100,22 @@ class DiffusionGenerationConfig:
     max_denoising_steps: int = 32
     sampler_config: SamplerConfig = field(default_factory=ConfidenceSamplerConfig)
     temperature: float = 0.0
+    t_max: float | None = None
+    t_min: float | None = None
+    guidance_scale: float = 1.0
     top_p: float | None = None
     top_k: int | None = None
     block_size: int | None = None
+    stability_threshold: int | None = None
+    confidence_threshold: float | None = None
     stop_at_eos: bool = True
     eos_token_id: int | tuple[int, ...] | None = None
     seed: int = 0
     cache: CacheConfig = field(default_factory=CacheConfig)
     measure_drift: bool = False
     record_history: bool = False
+    record_passes: bool = False
+    verify: bool = False
 
     def __new__(cls, **kwargs: Any) -> DiffusionGenerationConfig:
         """Refuse unknown settings with a suggestion."""
@@ -107,7 +139,7 @@ class DiffusionGenerationConfig:
             value = getattr(self, name)
             if value is not None or name not in ("top_k", "block_size"):
                 require_positive(name, value)
-        for name in ("stop_at_eos", "measure_drift", "record_history"):
+        for name in ("stop_at_eos", "measure_drift", "record_history", "record_passes", "verify"):
             require_flag(name, getattr(self, name))
         if not is_int(self.seed):
             raise DllmError(f"seed={self.seed!r} is not an integer.", "Give an integer seed.")
@@ -115,6 +147,7 @@ class DiffusionGenerationConfig:
             raise DllmError(
                 f"temperature={self.temperature!r} is not a temperature.", "Give a number >= 0; 0 is greedy."
             )
+        self._validate_schedule()
         if self.top_p is not None and (not is_number(self.top_p) or not 0 < self.top_p <= 1):
             raise DllmError(f"top_p={self.top_p!r} is not a probability.", "Give a number in (0, 1], or None.")
         eos = self.eos_token_ids
@@ -125,6 +158,37 @@ class DiffusionGenerationConfig:
                 f"measure_drift needs an approximate cache, and cache='{self.cache.kind}' has no drift.",
                 "Give cache='prefix', 'dual' or 'delayed', or leave measure_drift out.",
             )
+
+        if self.verify and self.cache.is_approximate:
+            raise DllmError(
+                f"verify compares with no cache, from which cache='{self.cache.kind}' differs by its nature.",
+                "Give measure_drift=True instead, which says by how much.",
+            )
+
+    def _validate_schedule(self) -> None:
+        low, high = self.t_min, self.t_max
+        if (low is None) != (high is None):
+            raise DllmError(f"t_max={high!r} and t_min={low!r} belong together.", "Give both, or temperature alone.")
+        if low is not None and high is not None:
+            if not (is_number(low) and is_number(high) and 0 <= low < high < float("inf")):
+                raise DllmError(f"t_max={high!r}, t_min={low!r} is no falling temperature.", "Give t_max > t_min >= 0.")
+            if self.temperature != 0:
+                raise DllmError(
+                    f"temperature={self.temperature!r} and t_max={high!r} both say how to draw.", "Give one of them."
+                )
+        if not is_number(self.guidance_scale) or not 0 <= self.guidance_scale < float("inf"):
+            raise DllmError(
+                f"guidance_scale={self.guidance_scale!r} is no scale.", "Give a number >= 0; 1 is no guidance."
+            )
+        if self.stability_threshold is not None:
+            require_positive("stability_threshold", self.stability_threshold)
+        if self.confidence_threshold is not None:
+            require_above_zero("confidence_threshold", self.confidence_threshold)
+            if self.stability_threshold is None:
+                raise DllmError(
+                    f"confidence_threshold={self.confidence_threshold!r} has no effect without stability_threshold.",
+                    "Give stability_threshold too, or the sampler 'threshold'.",
+                )
 
     def require_steps(self, num_tokens: int, num_blocks: int | None = None) -> None:
         """Check that every block of a span of `num_tokens` gets at least one step.
@@ -166,6 +230,17 @@ class DiffusionGenerationConfig:
                 f"cache='{self.cache.kind}' is kept by the block.",
                 f"Give a block_size of at most {num_tokens}, or None for one block.",
             )
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most probable token is taken at every pass."""
+        return self.temperature == 0 and self.t_max is None
+
+    def temperature_at(self, share_left: float) -> float:
+        """Return the temperature of a pass, given (passes left, itself included) / passes of the block."""
+        if self.t_max is None or self.t_min is None:
+            return self.temperature
+        return self.t_min + (self.t_max - self.t_min) * share_left
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

@@ -48,6 +48,9 @@ def propose(
     *,
     uniform_M: Tensor | None = None,
     placed_M: Tensor | None = None,
+    unconditional_MD: Tensor | None = None,
+    temperature_M: Tensor | None = None,
+    fused: bool = True,
 ) -> Proposal:
     """Draft a token for every row and score it.
 
@@ -58,14 +61,22 @@ def propose(
         needs: "margin" and "entropy" where the rule wants them.
         uniform_M: float64 in [0, 1), one draw per row; needed at temperature > 0.
         placed_M: int64; token a row already holds, which is scored instead of a new draft, -1 for none.
+        unconditional_MD: with guidance, the states of the canvas without its given tokens.
+        temperature_M: fp32 > 0, in place of `config.temperature`; for schedules.
+        fused: let one pass over the vocabulary find token and scores where that is all there is to do.
     """
-    if config.temperature == 0 and placed_M is None:
+    if fused and config.is_greedy and placed_M is None and unconditional_MD is None:
         return _most_probable(backbone, hidden_MD, needs)
     parts = []
     for start in range(0, len(hidden_MD), CHUNK_ROWS):
         rows = slice(start, start + CHUNK_ROWS)
-        logits_MV = backbone.logits(hidden_MD[rows])
-        token_M = draw_tokens(logits_MV, config, None if uniform_M is None else uniform_M[rows])
+        logits_MV = read_out(backbone, hidden_MD, unconditional_MD, config.guidance_scale, rows)
+        token_M = draw_tokens(
+            logits_MV,
+            config,
+            None if uniform_M is None else uniform_M[rows],
+            None if temperature_M is None else temperature_M[rows],
+        )
         if placed_M is not None:
             token_M = torch.where(placed_M[rows] >= 0, placed_M[rows], token_M)
         parts.append(_score(logits_MV, token_M, needs))
@@ -76,6 +87,19 @@ def propose(
         torch.cat(margin) if "margin" in needs else None,
         torch.cat(entropy) if "entropy" in needs else None,
     )
+
+
+def read_out(
+    backbone: Backbone, hidden_MD: Tensor, unconditional_MD: Tensor | None, scale: float, rows: slice
+) -> Tensor:
+    """Return fp32 logits of some rows, guided where there are unconditional states; blocked rows are -inf."""
+    logits_MV = backbone.logits(hidden_MD[rows])
+    if unconditional_MD is not None:
+        # of real tokens alone: blocked ones are -inf on both sides, whose difference is NaN
+        real_MV = logits_MV[:, : backbone.contract.num_tokens]
+        real_MV.sub_(without_MV := backbone.logits(unconditional_MD[rows])[:, : real_MV.shape[1]])
+        real_MV.mul_(scale).add_(without_MV)
+    return logits_MV
 
 
 def _most_probable(backbone: Backbone, hidden_MD: Tensor, needs: frozenset[str]) -> Proposal:
@@ -102,17 +126,23 @@ def _score(logits_MV: Tensor, token_M: Tensor, needs: frozenset[str]) -> tuple[T
     return token_M, logprob_M, margin_M, entropy_M
 
 
-def draw_tokens(logits_MV: Tensor, config: DiffusionGenerationConfig, uniform_M: Tensor | None) -> Tensor:
-    """Draw a token per row at the config's temperature; the most probable one at temperature 0."""
-    if config.temperature == 0:
+def draw_tokens(
+    logits_MV: Tensor,
+    config: DiffusionGenerationConfig,
+    uniform_M: Tensor | None,
+    temperature_M: Tensor | None = None,
+) -> Tensor:
+    """Draw a token per row at the config's temperature, or at one for each row; the most probable one at 0."""
+    if config.is_greedy:
         return logits_MV.argmax(-1)
     assert uniform_M is not None
+    temperature = config.temperature if temperature_M is None else temperature_M[:, None]
     if config.top_k is None and config.top_p is None:
-        scaled_MV = (logits_MV - logits_MV.amax(-1, keepdim=True)) / config.temperature
+        scaled_MV = (logits_MV - logits_MV.amax(-1, keepdim=True)) / temperature
         return invert_cdf(scaled_MV.exp(), uniform_M)
     kept = min(config.top_k or logits_MV.shape[1], logits_MV.shape[1])
     logits_MK, ids_MK = logits_MV.topk(kept, dim=-1)
-    p_MK = (logits_MK / config.temperature).softmax(-1)
+    p_MK = (logits_MK / temperature).softmax(-1)
     if config.top_p is not None:
         # keep a token when what comes before it has not yet reached top_p: the first always stays
         before_MK = p_MK.double().cumsum(-1) - p_MK

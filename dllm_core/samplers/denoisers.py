@@ -197,6 +197,25 @@ class CachedCanvas:
         return earlier_B1LM if real_B11M is None else earlier_B1LM & real_B11M
 
 
+class GuidedCanvas:
+    """The canvas and, in the same batch, the canvas with all given tokens masked.
+
+    Args:
+        inner: a denoiser for twice the rows.
+        given_BC: bool; tokens that the second half does not see.
+        mask_token_id: what stands there instead.
+    """
+
+    def __init__(self, inner: Denoiser, given_BC: Tensor, mask_token_id: int) -> None:
+        self.inner, self.given_BC, self.mask_token_id = inner, given_BC, mask_token_id
+
+    def predict(self, canvas_BC: Tensor, spans: Sequence[Span | None], where_M: Tensor) -> Tensor:
+        """Return hidden_MD twice, one behind the other: with and without the given tokens."""
+        without_BC = canvas_BC.masked_fill(self.given_BC, self.mask_token_id)
+        where_2M = torch.cat((where_M, where_M + canvas_BC.numel()))
+        return self.inner.predict(torch.cat((canvas_BC, without_BC)), (*spans, *spans), where_2M)
+
+
 def denoiser_for(backbone: Backbone, shape: Shape, cache: CacheConfig) -> Denoiser:
     """Return the denoiser that the settings ask for.
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dllm_core.methods.protocol import CacheDrift
-from dllm_core.samplers.denoise import CHUNK_ROWS
+from dllm_core.samplers.denoise import CHUNK_ROWS, read_out
+from dllm_core.samplers.record import CacheDrift
 
 if TYPE_CHECKING:
     from dllm_core.backbone.backbone import Backbone
@@ -23,25 +23,31 @@ class DriftMeter:
     Args:
         backbone: reads the states out.
         reference: makes the passes that are compared with.
+        guidance_scale: 1 without guidance.
     """
 
-    def __init__(self, backbone: Backbone, reference: Denoiser) -> None:
-        self.backbone, self.reference = backbone, reference
+    def __init__(self, backbone: Backbone, reference: Denoiser, guidance_scale: float = 1.0) -> None:
+        self.backbone, self.reference, self.scale = backbone, reference, guidance_scale
         self._largest = torch.zeros((), device=backbone.device)
         self._changed = torch.zeros((), dtype=torch.long, device=backbone.device)
         self._compared = 0
 
     def add(self, canvas_BC: Tensor, spans: Sequence[Span | None], where_M: Tensor, hidden_MD: Tensor) -> None:
-        """Compare the states of a cached pass with those of a whole one."""
+        """Compare the states of a cached pass (with guidance, twice M of them) with those of a whole one."""
         whole_MD = self.reference.predict(canvas_BC, spans, where_M)
+        whole, found = (states_MD.split(len(where_M)) for states_MD in (whole_MD, hidden_MD))
         num_tokens = self.backbone.contract.num_tokens
-        for start in range(0, len(hidden_MD), CHUNK_ROWS):
+        for start in range(0, len(where_M), CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
-            found_MV = self.backbone.logits(hidden_MD[rows])[:, :num_tokens]
-            expected_MV = self.backbone.logits(whole_MD[rows])[:, :num_tokens]
+            found_MV, expected_MV = (
+                read_out(self.backbone, states[0], states[1] if len(states) > 1 else None, self.scale, rows)[
+                    :, :num_tokens
+                ]
+                for states in (found, whole)
+            )
             self._largest = torch.maximum(self._largest, (found_MV - expected_MV).abs().amax())
             self._changed += (found_MV.argmax(-1) != expected_MV.argmax(-1)).sum()
-        self._compared += len(hidden_MD)
+        self._compared += len(where_M)
 
     def result(self) -> CacheDrift:
         """Return the sums."""

@@ -18,10 +18,21 @@ from dllm_core.samplers.acceptance import Draft, acceptance_rule
 from dllm_core.samplers.blocks import Plan, StepPlan, block_table, split_blocks
 from dllm_core.samplers.canvas import Canvas
 from dllm_core.samplers.denoise import propose
-from dllm_core.samplers.denoisers import FullCanvas, Shape, denoiser_for, model_block_size, shift_of
+from dllm_core.samplers.denoisers import (
+    Denoiser,
+    FullCanvas,
+    GuidedCanvas,
+    Shape,
+    denoiser_for,
+    model_block_size,
+    shift_of,
+)
 from dllm_core.samplers.drift import DriftMeter
+from dllm_core.samplers.record import DenoisingStep
+from dllm_core.samplers.stopping import EndOfText, Stability
 from dllm_core.samplers.stopwatch import Stopwatch
 from dllm_core.samplers.streaming import DraftStream, OnDraft, Streamer
+from dllm_core.samplers.verify import Verifier
 
 if TYPE_CHECKING:
     from dllm_core.backbone.backbone import Backbone
@@ -69,11 +80,14 @@ def generate(
     stream = DraftStream(streamer, len(canvas.lengths)) if streamer is not None else None
     with torch.inference_mode():
         decoding = Decoding(backbone, canvas, config, sample_ids)
+        verifier = Verifier(backbone, canvas, config, decoding.sample_ids) if config.verify else None
         if stream:
             stream.commit(decoding.canvas_BC[0], decoding.settled(0))
         while (step := decoding.plan.next_step(decoding.device)) is not None:
             stop = decoding.block_end(0) if stream else 0
             drafted_BC = decoding.advance(step)
+            if verifier:
+                verifier.check(decoding)
             if on_draft is not None:
                 on_draft(drafted_BC, decoding.real_BC & ~decoding.masked_BC)
             if stream:
@@ -107,11 +121,13 @@ class Decoding:
         canvas: Canvas,
         config: DiffusionGenerationConfig,
         sample_ids: Sequence[int] | None,
+        *,
+        fused: bool = True,
     ) -> None:
         self.device = backbone.device
         self.stopwatch = Stopwatch(self.device)
         canvas.check(len(backbone.embedding_weight_VD), first_token_given=shift_of(backbone) == 1)
-        self.backbone, self.config, self.lengths = backbone, config, canvas.lengths
+        self.backbone, self.config, self.lengths, self.fused = backbone, config, canvas.lengths, fused
         self.rule = acceptance_rule(config.sampler_config)
         self.mask_token_id = backbone.contract.mask_token_id
         # positions to fill, per row, known on the host: the plan is made from them
@@ -131,20 +147,39 @@ class Decoding:
         )
         self.masked_BC = to_fill_BC
         self.commit_BC = torch.zeros_like(self.canvas_BC)
-        shape = Shape(canvas.lengths, to_fill_BC.shape[1])
-        self.denoiser = denoiser_for(backbone, shape, config.cache)
-        self.drift = DriftMeter(backbone, FullCanvas(backbone, shape)) if config.measure_drift else None
-        self._start_eos(to_fill_BC)
+        self._start_denoiser(Shape(canvas.lengths, to_fill_BC.shape[1]), self.real_BC & ~to_fill_BC)
+        self._start_stopping(to_fill_BC)
         self._start_noise(to_fill_BC, tuple(range(len(self.lengths)) if sample_ids is None else sample_ids))
         self.passes = 0
+        self.history: list[DenoisingStep] = []
 
-    def _start_eos(self, to_fill_BC: Tensor) -> None:
-        """Find the places where an EOS ends the text: those that nothing given follows."""
-        eos = self.config.eos_token_ids or self.backbone.eos_token_ids
-        self.eos_ids = torch.tensor(eos, device=self.device) if self.config.stop_at_eos and eos else None
-        given_BC = (self.real_BC & ~to_fill_BC).long()
-        given_after_BC = given_BC.sum(-1, keepdim=True) - given_BC.cumsum(-1)
-        self.may_end_BC = to_fill_BC & (given_after_BC == 0)
+    def _start_denoiser(self, shape: Shape, given_BC: Tensor) -> None:
+        config, backbone = self.config, self.backbone
+        self.is_guided = config.guidance_scale != 1
+        if self.is_guided:
+            shape = Shape(shape.lengths * 2, shape.length)
+
+        def guided(inner: Denoiser) -> Denoiser:
+            return GuidedCanvas(inner, given_BC, self.mask_token_id) if self.is_guided else inner
+
+        self.denoiser = guided(denoiser_for(backbone, shape, config.cache))
+        self.drift = None
+        if config.measure_drift:
+            self.drift = DriftMeter(backbone, guided(FullCanvas(backbone, shape)), config.guidance_scale)
+
+    def _start_stopping(self, to_fill_BC: Tensor) -> None:
+        config, self.needs = self.config, self.rule.needs
+        eos = config.eos_token_ids or self.backbone.eos_token_ids
+        self.end_of_text = None
+        if config.stop_at_eos and eos:
+            self.end_of_text = EndOfText(torch.tensor(eos, device=self.device), self.real_BC, to_fill_BC)
+        self.stability = None
+        if config.stability_threshold is not None:
+            self.stability = Stability(config.stability_threshold, config.confidence_threshold)
+        if config.confidence_threshold is not None:
+            self.needs = self.needs | {"entropy"}
+        # how many are accepted is known beforehand only where scores have no say in it
+        self.is_scheduled = not self.rule.adaptive and self.stability is None
 
     def _start_noise(self, to_fill_BC: Tensor, sample_ids: tuple[int, ...]) -> None:
         self.noise, self.sample_ids = NoiseSource(self.config.seed), sample_ids
@@ -171,15 +206,25 @@ class Decoding:
         draft = self._denoise(candidate_BC, step)
         accepted_BC = self.rule.accept(draft, step.keep_B)
         drafted_BC = torch.where(candidate_BC, draft.token_BC, self.canvas_BC)
+        if self.stability:
+            rest_B = self.stability.at_rest_B(drafted_BC, active_BC, step.block_B, draft)
+            accepted_BC = accepted_BC | (candidate_BC & rest_B[:, None])
+        if self.config.record_passes or self.config.verify:
+            score_BC = torch.where(candidate_BC, self.rule.score(draft), torch.nan)
+            self.history.append(DenoisingStep(self.canvas_BC, drafted_BC, accepted_BC, score_BC))
         fixed_BC = accepted_BC & self.masked_BC
         self.commit_BC = torch.where(fixed_BC, self.passes, self.commit_BC)
+        masked_BC = self.masked_BC
         self.canvas_BC, self.masked_BC = self.rule.renoise(
-            self.canvas_BC, self.masked_BC, draft, accepted_BC, self.mask_token_id
+            self.canvas_BC, masked_BC, draft, accepted_BC, self.mask_token_id
         )
         self.stopwatch.mark()
-        self.plan.advance(fixed_BC.sum(-1).tolist() if self.rule.adaptive else None)
-        if self.eos_ids is not None:
-            self._finish_ended_rows()
+        # p2 masks placed tokens anew, so what counts is how many fewer are open
+        self.plan.advance(None if self.is_scheduled else (masked_BC.sum(-1) - self.masked_BC.sum(-1)).tolist())
+        if self.end_of_text:
+            for row, ended in enumerate(self.end_of_text.ended_B(self.canvas_BC, self.masked_BC).tolist()):
+                if ended:
+                    self.plan.finish(row)
         return drafted_BC
 
     def _denoise(self, candidate_BC: Tensor, step: StepPlan) -> Draft:
@@ -188,13 +233,28 @@ class Decoding:
         hidden_MD = self.denoiser.predict(self.canvas_BC, step.spans, where_M)
         if self.drift:
             self.drift.add(self.canvas_BC, step.spans, where_M, hidden_MD)
-        placed_M = uniform_M = None
+        unconditional_MD = None
+        if self.is_guided:
+            hidden_MD, unconditional_MD = hidden_MD.chunk(2)
+        placed_M = uniform_M = temperature_M = None
         if self.rule.revises:
             placed_M = torch.where(self.masked_BC, -1, self.canvas_BC).flatten()[where_M]
-        if self.config.temperature > 0:
+        if not self.config.is_greedy:
             uniform_M = self._uniform(f"tokens {self.passes}").flatten()[where_M]
+        if self.config.t_max is not None:
+            of_rows = [self.config.temperature_at(share) for share in step.shares_left]
+            temperature_B = torch.tensor(of_rows).to(self.device, non_blocking=True)
+            temperature_M = temperature_B[where_M // candidate_BC.shape[1]]
         proposal = propose(
-            self.backbone, hidden_MD, self.config, self.rule.needs, uniform_M=uniform_M, placed_M=placed_M
+            self.backbone,
+            hidden_MD,
+            self.config,
+            self.needs,
+            uniform_M=uniform_M,
+            placed_M=placed_M,
+            unconditional_MD=unconditional_MD,
+            temperature_M=temperature_M,
+            fused=self.fused,
         )
 
         def spread(values_M: Tensor | None) -> Tensor | None:
@@ -207,23 +267,6 @@ class Decoding:
         assert logprob_BC is not None
         margin_BC, entropy_BC = spread(proposal.margin_M), spread(proposal.entropy_M)
         return Draft(candidate_BC, token_BC, logprob_BC, margin_BC, entropy_BC, self.priority_BC)
-
-    def _finish_ended_rows(self) -> None:
-        """Finish the rows in which an EOS stands and nothing before it is open."""
-        end_B = self._end_B()
-        place_C = torch.arange(self.canvas_BC.shape[1], device=self.device)
-        open_B = (self.masked_BC & (place_C < end_B[:, None])).any(-1)
-        ended_B = (end_B < self.canvas_BC.shape[1]) & ~open_B
-        for row, ended in enumerate(ended_B.tolist()):
-            if ended:
-                self.plan.finish(row)
-
-    def _end_B(self) -> Tensor:
-        """Return the position of the first EOS that ends each row, C where there is none."""
-        assert self.eos_ids is not None
-        is_end_BC = self.may_end_BC & ~self.masked_BC & (self.canvas_BC[..., None] == self.eos_ids).any(-1)
-        place_C = torch.arange(is_end_BC.shape[1], device=self.device)
-        return torch.where(is_end_BC, place_C, is_end_BC.shape[1]).amin(-1)
 
     # -- results ----------------------------------------------------------------------------------------------------
 
@@ -242,8 +285,9 @@ class Decoding:
         """Return the finished sequences."""
         canvas_BC, commit_BC = self.canvas_BC.cpu(), self.commit_BC.cpu()
         ends = list(self.lengths)
-        if self.eos_ids is not None:
-            ends = [min(n, end + 1) for n, end in zip(ends, self._end_B().tolist(), strict=True)]
+        if self.end_of_text:
+            found = self.end_of_text.position_B(self.canvas_BC, self.masked_BC).tolist()
+            ends = [min(n, end + 1) for n, end in zip(ends, found, strict=True)]
         kept = [[p for p in places if p < end] for places, end in zip(self.places, ends, strict=True)]
         commits = [commit_BC[row, places] for row, places in enumerate(kept)]
         first = min((int(c.min()) for c in commits if len(c)), default=0)
@@ -254,4 +298,5 @@ class Decoding:
             first_token_s=self.stopwatch.seconds(first),
             commit_step=commits if self.config.record_history else None,
             drift=self.drift.result() if self.drift else None,
+            history=[step.cpu() for step in self.history] if self.config.record_passes else None,
         )

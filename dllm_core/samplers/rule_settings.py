@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from dllm_core.errors import DllmError, did_you_mean
-from dllm_core.samplers.checks import is_number, refuse_unknown
+from dllm_core.samplers.checks import is_number, refuse_unknown, require_above_zero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +86,42 @@ class ThresholdSamplerConfig(SamplerConfig):
             raise DllmError(f"threshold={self.threshold!r} is not a probability.", "Give a number in (0, 1].")
 
 
+@dataclass(frozen=True, kw_only=True)
+class FactorSamplerConfig(SamplerConfig):
+    """Accept the n most confident tokens as long as (n + 1)(1 - p_n) <= factor (Fast-dLLM, arXiv 2505.22618).
+
+    p_n is the probability of the n-th of them: the more are accepted together, the surer each has to be. How many are
+    accepted in any case is what it is for `threshold`.
+
+    Attributes:
+        factor: > 0; the larger, the more tokens at once.
+    """
+
+    name: ClassVar[str] = "factor"
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_above_zero("factor", self.factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropyBoundSamplerConfig(SamplerConfig):
+    """Accept the tokens of lowest entropy while those before them add up to at most a bound (arXiv 2505.24857).
+
+    The sum without its largest term bounds how much the accepted tokens depend on each other. How many are
+    accepted in any case is what it is for `threshold`.
+
+    Attributes:
+        entropy_bound: > 0, in nats.
+    """
+
+    name: ClassVar[str] = "entropy_bound"
+    entropy_bound: float = 0.1
+
+    def __post_init__(self) -> None:
+        require_above_zero("entropy_bound", self.entropy_bound)
+
+
 SAMPLERS: dict[str, type[SamplerConfig]] = {
     c.name: c
     for c in (
@@ -95,6 +131,8 @@ SAMPLERS: dict[str, type[SamplerConfig]] = {
         EntropySamplerConfig,
         P2SamplerConfig,
         ThresholdSamplerConfig,
+        FactorSamplerConfig,
+        EntropyBoundSamplerConfig,
     )
 }
 

@@ -110,7 +110,7 @@ def decode(
 ) -> tuple[list[int], list[int], int]:
     """Return (tokens, 1-based commit pass of every open position, passes); EOS is not looked at."""
     contract = backbone.contract
-    model = Model(backbone, config.cache)
+    model, without = Model(backbone, config.cache), Model(backbone, config.cache)
     open_ = [i for i, given in enumerate(fixed.tolist()) if not given]
     canvas = [contract.mask_token_id if i in open_ else t for i, t in enumerate(ids.tolist())]
     masked, commit, passes = set(open_), dict.fromkeys(open_, 0), 0
@@ -130,34 +130,48 @@ def decode(
         blocks = [group[i : i + size] for group in inside.values() for i in range(0, len(group), size)]
     budget = spread([len(b) for b in blocks], min(config.max_denoising_steps, len(open_)))
     for block, steps in zip(blocks, budget, strict=True):
-        placed = 0
+        placed, drafts = 0, []
         for step in range(steps):
             if not masked & set(block):
                 break
             passes += 1
             log_p = model.log_probs(canvas, block)
+            if config.guidance_scale != 1:
+                hidden = [t if i in open_ else contract.mask_token_id for i, t in enumerate(canvas)]
+                free, scale = torch.tensor(without.log_probs(hidden, block)), config.guidance_scale
+                log_p = (free + scale * (torch.tensor(log_p) - free)).log_softmax(-1).tolist()
+            temperature = config.temperature
+            if config.t_max is not None:
+                temperature = config.t_min + (config.t_max - config.t_min) * (steps - step) / steps
             uniform = uniforms(f"tokens {passes}")
             candidates = block if rule == "p2" else [i for i in block if i in masked]
             token, score = {}, {}
             for i in candidates:
-                drawn = draw(log_p[i], config.temperature, config.top_k, config.top_p, uniform[i])
+                drawn = draw(log_p[i], temperature, config.top_k, config.top_p, uniform[i])
                 token[i] = drawn if i in masked else canvas[i]
                 first, second = sorted(log_p[i], reverse=True)[:2]
                 score[i] = {
                     "random": priority[i],
                     "margin": exp(first) - exp(second),
                     "entropy": sum(exp(v) * v for v in log_p[i]),
+                    "entropy_bound": sum(exp(v) * v for v in log_p[i]),
                 }.get(rule, log_p[i][token[i]])
             ranked = sorted(candidates, key=lambda i: (-score[i], i))
-            if rule == "threshold":
+            entropy = {i: -sum(exp(v) * v for v in log_p[i]) for i in candidates}
+            if rule in ("threshold", "factor", "entropy_bound"):
                 least = -(-len(candidates) // (steps - step))
-                keep = [
-                    i for n, i in enumerate(ranked) if n < least or score[i] >= log(config.sampler_config.threshold)
-                ]
+                keep = ranked[: max(least, certain(config.sampler_config, ranked, score, entropy))]
             else:
                 # the first len(block) % steps steps place one token more
                 placed += len(block) // steps + (step < len(block) % steps)
                 keep = ranked[: placed if rule == "p2" else placed - (len(block) - len(candidates))]
+            drafts.append([token.get(i, canvas[i]) for i in block])
+            calm = config.confidence_threshold is None or (
+                sum(entropy.values()) / len(entropy) < config.confidence_threshold
+            )
+            repeats = config.stability_threshold
+            if repeats and len(drafts) > repeats and all(d == drafts[-1] for d in drafts[-1 - repeats :]) and calm:
+                keep = candidates
             for i in candidates:
                 if i in keep and i in masked:
                     canvas[i], commit[i] = token[i], passes
@@ -167,6 +181,20 @@ def decode(
                     masked.add(i)
     assert not masked
     return canvas, [commit[i] for i in open_], passes
+
+
+def certain(rule: Any, ranked: list[int], score: dict[int, float], entropy: dict[int, float]) -> int:
+    """Return how many of the ranked candidates a rule lets through by their scores."""
+    count, before = 0, 0.0
+    for n, i in enumerate(ranked, start=1):
+        if rule.name == "threshold" and score[i] < log(rule.threshold):
+            break
+        if rule.name == "factor" and n > 1 and (n + 1) * (1 - exp(score[i])) > rule.factor:
+            break
+        if rule.name == "entropy_bound" and before > rule.entropy_bound:
+            break
+        count, before = n, before + entropy[i]
+    return count
 
 
 def spread(blocks: list[int], steps: int) -> list[int]:

@@ -16,6 +16,9 @@ from dllm_core.samplers.config import SAMPLERS, DiffusionGenerationConfig
 from dllm_core.samplers.loop import generate
 from tests.tiny import NUM_TOKENS, byte_tokenizer, tiny_backbone
 
+ADAPTIVE = ("threshold", "factor", "entropy_bound")
+EASY = {"threshold": {"threshold": 0.15}, "factor": {"factor": 2.4}, "entropy_bound": {"entropy_bound": 4.0}}
+
 
 def prompts(*lengths: int, seed: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
@@ -48,10 +51,10 @@ def test_every_setting_ends_in_the_promised_forwards_with_nothing_left(backbone:
             max_denoising_steps=steps,
             block_size=size,
             temperature=temperature,
-            sampler_config={"name": rule, "threshold": 0.15} if rule == "threshold" else rule,
+            sampler_config={"name": rule, **EASY.get(rule, {})},
         )
         out = generate(backbone, prompts(3, 5), config)
-        if rule == "threshold":
+        if rule in ADAPTIVE:
             assert out.num_forwards <= min(steps, tokens)
         else:
             assert out.num_forwards == min(steps, tokens)
@@ -62,7 +65,7 @@ def test_every_setting_ends_in_the_promised_forwards_with_nothing_left(backbone:
         commits = out.commit_step[0]
         assert int(commits.min()) >= 1
         assert int(commits.max()) <= out.num_forwards
-        if rule not in ("threshold", "p2"):
+        if rule not in (*ADAPTIVE, "p2"):
             assert torch.bincount(commits, minlength=out.num_forwards + 1)[1:].min() >= 1, "a wasted forward"
         if size is not None:
             ends = [int(commits[i : i + size].max()) for i in range(0, tokens, size)]
@@ -185,7 +188,7 @@ def test_nothing_to_fill_makes_no_forward(backbone: Backbone) -> None:
 # -- end of text --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", ["confidence", "p2", "threshold"])
+@pytest.mark.parametrize("rule", ["confidence", "p2", "threshold", "factor"])
 @pytest.mark.parametrize("block_size", [None, 4])
 def test_text_ends_at_the_first_eos_and_the_row_stops_early(
     backbone: Backbone, rule: str, block_size: int | None

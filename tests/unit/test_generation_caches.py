@@ -39,7 +39,8 @@ def settings(**options: Any) -> DiffusionGenerationConfig:
 
 
 def sampler(rule: str) -> Any:
-    return {"name": rule, "threshold": 0.2} if rule == "threshold" else rule
+    easy = {"threshold": {"threshold": 0.2}, "factor": {"factor": 2.4}, "entropy_bound": {"entropy_bound": 4.0}}
+    return {"name": rule, **easy.get(rule, {})}
 
 
 def same(found: Any, expected: Any) -> None:

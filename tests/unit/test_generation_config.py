@@ -30,6 +30,8 @@ def test_round_trip_through_json(rule: str) -> None:
         eos_token_id=[1, 2],
         block_size=4,
         cache={"kind": "delayed", "delay": 3},
+        t_max=0.9,
+        t_min=0.1,
     )
     assert DiffusionGenerationConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert copy.deepcopy(config) == config
@@ -73,6 +75,16 @@ def test_rules_can_be_named_in_three_ways() -> None:
         ({"cache": {"kind": "exact", "refresh_every": 2}}, "'exact' is never refreshed", "refresh_every"),
         ({"cache": {"kind": "prefix", "delay": 2}}, "'prefix' has no delay", "delayed"),
         ({"cache": "exact", "measure_drift": True}, "has no drift", "measure_drift"),
+        ({"sampler_config": {"name": "factor", "factor": 0}}, "factor=0", "above 0"),
+        ({"sampler_config": {"name": "entropy_bound", "entropy_bound": "x"}}, "entropy_bound='x'", "above 0"),
+        ({"t_max": 1.0}, "belong together", "temperature"),
+        ({"t_max": 0.5, "t_min": 0.5}, "no falling temperature", "t_max > t_min"),
+        ({"t_max": 0.5, "t_min": 0.1, "temperature": 1.0}, "both say how to draw", "one"),
+        ({"guidance_scale": -1}, "guidance_scale=-1", ">= 0"),
+        ({"stability_threshold": 0}, "stability_threshold=0", "at least 1"),
+        ({"stability_threshold": 1, "confidence_threshold": 0}, "confidence_threshold=0", "above 0"),
+        ({"confidence_threshold": 0.1}, "no effect without stability_threshold", "stability_threshold"),
+        ({"verify": True, "cache": "dual"}, "verify compares with no cache", "measure_drift"),
         ({"measure_drift": 1}, "measure_drift=1 is neither", "truth"),
     ],
 )
