@@ -29,6 +29,7 @@ from torch import Tensor
 
 from dllm_core.samplers.config import (
     EntropyBoundSamplerConfig,
+    EntropyThresholdSamplerConfig,
     FactorSamplerConfig,
     SamplerConfig,
     ThresholdSamplerConfig,
@@ -174,6 +175,19 @@ class AdaptiveRule(AcceptanceRule):
         """Return the candidates that stand, bool [B, C]: at least the `keep_B` best of each row."""
         return self.certain(draft) | super().accept(draft, keep_B)
 
+    def accept_in_blocks(self, draft: Draft, ahead_BC: Tensor, keep_BK: Tensor) -> Tensor:
+        """Return the candidates that stand, bool [B, C]: of the k-th active block at least the `keep_BK[:, k]` best.
+
+        Args:
+            draft: candidates of several blocks.
+            ahead_BC: int64; by how many blocks each position is ahead of the leftmost active one.
+            keep_BK: int64; how many to accept in any case.
+        """
+        accepted_BC, score_BC = self.certain(draft), self.score(draft)
+        for k, keep_B in enumerate(keep_BK.unbind(1)):
+            accepted_BC = accepted_BC | best_candidates(score_BC, draft.candidate_BC & (ahead_BC == k), keep_B)
+        return accepted_BC
+
 
 class ThresholdRule(AdaptiveRule, ConfidenceRule):
     """Every token with p >= threshold, and the `keep_B` most confident whatever their p (arXiv 2505.22618)."""
@@ -193,6 +207,15 @@ class FactorRule(AdaptiveRule, ConfidenceRule):
         n_C = torch.arange(1, p_BC.shape[1] + 1, device=p_BC.device)
         allowed_BC = ((n_C + 1) * (1 - p_BC) <= self.config.factor) | (n_C == 1)
         return _prefix(allowed_BC, order_BC) & draft.candidate_BC
+
+
+class EntropyThresholdRule(AdaptiveRule, EntropyRule):
+    """Every token with entropy <= threshold, and the `keep_B` lowest whatever theirs (arXiv 2601.07568)."""
+
+    def certain(self, draft: Draft) -> Tensor:
+        assert isinstance(self.config, EntropyThresholdSamplerConfig)
+        assert draft.entropy_BC is not None
+        return draft.candidate_BC & (draft.entropy_BC <= self.config.entropy_threshold)
 
 
 class EntropyBoundRule(AdaptiveRule, EntropyRule):
@@ -221,6 +244,7 @@ RULES: dict[str, type[AcceptanceRule]] = {
     "threshold": ThresholdRule,
     "factor": FactorRule,
     "entropy_bound": EntropyBoundRule,
+    "entropy_threshold": EntropyThresholdRule,
 }
 
 

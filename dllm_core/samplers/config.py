@@ -20,11 +20,13 @@ from dllm_core.samplers.checks import (
     require_flag,
     require_positive,
 )
+from dllm_core.samplers.pipeline_settings import MultiBlockConfig
 from dllm_core.samplers.rule_settings import (
     SAMPLERS,
     ConfidenceSamplerConfig,
     EntropyBoundSamplerConfig,
     EntropySamplerConfig,
+    EntropyThresholdSamplerConfig,
     FactorSamplerConfig,
     MarginSamplerConfig,
     P2SamplerConfig,
@@ -37,15 +39,21 @@ from dllm_core.samplers.rule_settings import (
 if TYPE_CHECKING:
     from dllm_core.methods.protocol import SamplingRequest
 
+ADAPTIVE_SAMPLERS = frozenset({"threshold", "factor", "entropy_bound", "entropy_threshold"})
+"""Rules whose scores decide how many tokens are accepted."""
+
 __all__ = [
+    "ADAPTIVE_SAMPLERS",
     "SAMPLERS",
     "CacheConfig",
     "ConfidenceSamplerConfig",
     "DiffusionGenerationConfig",
     "EntropyBoundSamplerConfig",
     "EntropySamplerConfig",
+    "EntropyThresholdSamplerConfig",
     "FactorSamplerConfig",
     "MarginSamplerConfig",
+    "MultiBlockConfig",
     "P2SamplerConfig",
     "RandomSamplerConfig",
     "SamplerConfig",
@@ -63,7 +71,7 @@ class DiffusionGenerationConfig:
         max_new_tokens: length of the generated span, in tokens. Not used when infilling: the mask says how many.
         max_denoising_steps: most network passes for the whole span. Scheduled rules use exactly
             `min(max_denoising_steps, tokens)` passes, those that go by scores (`threshold`, `factor`,
-            `entropy_bound`) at most that many.
+            `entropy_bound`, `entropy_threshold`) at most that many.
         sampler_config: acceptance rule; an object, a word or a dict.
         temperature: 0 takes the most probable token; otherwise tokens are drawn at this temperature. Confidence is
             always taken at temperature 1.
@@ -80,6 +88,8 @@ class DiffusionGenerationConfig:
             the first (as in transformers' diffusion models); None never does. Saves passes where the
             schedule is longer than the text needs.
         confidence_threshold: for that, the mean entropy of the drafts must be below so many nats; None asks for none.
+        multi_block: let blocks begin before those on their left are done; an object or a dict, None for one block at a
+            time. For rules that go by scores.
         stop_at_eos: stop a sequence at its first end-of-sequence token; what comes after is dropped.
         eos_token_id: one id or several; None takes the model's own.
         seed: keys the noise together with the sample ids.
@@ -106,6 +116,7 @@ class DiffusionGenerationConfig:
     top_p: float | None = None
     top_k: int | None = None
     block_size: int | None = None
+    multi_block: MultiBlockConfig | None = None
     stability_threshold: int | None = None
     confidence_threshold: float | None = None
     stop_at_eos: bool = True
@@ -125,6 +136,8 @@ class DiffusionGenerationConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "sampler_config", sampler_config(self.sampler_config))
         object.__setattr__(self, "cache", cache_config(self.cache))
+        if isinstance(self.multi_block, dict):
+            object.__setattr__(self, "multi_block", MultiBlockConfig(**self.multi_block))
         if isinstance(self.eos_token_id, list):
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
         self.validate()
@@ -159,6 +172,11 @@ class DiffusionGenerationConfig:
                 "Give cache='prefix', 'dual' or 'delayed', or leave measure_drift out.",
             )
 
+        if self.multi_block is not None and self.sampler_config.name not in ADAPTIVE_SAMPLERS:
+            raise DllmError(
+                f"multi_block needs a rule that goes by scores; '{self.sampler_config.name}' accepts fixed counts.",
+                f"Give one of {', '.join(sorted(ADAPTIVE_SAMPLERS))}, or leave multi_block out.",
+            )
         if self.verify and self.cache.is_approximate:
             raise DllmError(
                 f"verify compares with no cache, from which cache='{self.cache.kind}' differs by its nature.",
@@ -253,6 +271,8 @@ class DiffusionGenerationConfig:
         out = {f.name: getattr(self, f.name) for f in fields(self)}
         out["sampler_config"] = self.sampler_config.to_dict()
         out["cache"] = self.cache.to_dict()
+        if self.multi_block is not None:
+            out["multi_block"] = self.multi_block.to_dict()
         if isinstance(self.eos_token_id, tuple):
             out["eos_token_id"] = list(self.eos_token_id)
         return out

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dllm_core.corruption.noise import NoiseSource
 from dllm_core.methods.protocol import GenerationOutput
-from dllm_core.samplers.acceptance import Draft, acceptance_rule
+from dllm_core.samplers.acceptance import AdaptiveRule, Draft, acceptance_rule
 from dllm_core.samplers.blocks import Plan, StepPlan, block_table, split_blocks
 from dllm_core.samplers.canvas import Canvas
 from dllm_core.samplers.denoise import propose
@@ -137,7 +137,7 @@ class Decoding:
         for places, blocks in zip(self.places, blocks_of_rows, strict=True):
             config.require_steps(len(places), len(blocks))
         config.require_block(max(map(len, self.places)))
-        self.plan = Plan(blocks_of_rows, config.max_denoising_steps, self.rule)
+        self.plan = Plan(blocks_of_rows, config.max_denoising_steps, self.rule, config.multi_block)
 
         to_fill_BC = canvas.to_fill_BC.to(self.device)
         self.real_BC = canvas.real_BC.to(self.device)
@@ -201,10 +201,10 @@ class Decoding:
     def advance(self, step: StepPlan) -> Tensor:
         """Make one pass and return the canvas with the drafts of this pass in it, [B, C]."""
         self.passes += 1
-        active_BC = self.block_BC == step.block_B[:, None]
+        active_BC = (self.block_BC >= step.block_B[:, None]) & (self.block_BC <= step.last_B[:, None])
         candidate_BC = self.rule.candidates(self.masked_BC, active_BC)
         draft = self._denoise(candidate_BC, step)
-        accepted_BC = self.rule.accept(draft, step.keep_B)
+        accepted_BC = self._accept(draft, step)
         drafted_BC = torch.where(candidate_BC, draft.token_BC, self.canvas_BC)
         if self.stability:
             rest_B = self.stability.at_rest_B(drafted_BC, active_BC, step.block_B, draft)
@@ -219,13 +219,35 @@ class Decoding:
             self.canvas_BC, masked_BC, draft, accepted_BC, self.mask_token_id
         )
         self.stopwatch.mark()
-        # p2 masks placed tokens anew, so what counts is how many fewer are open
-        self.plan.advance(None if self.is_scheduled else (masked_BC.sum(-1) - self.masked_BC.sum(-1)).tolist())
+        self.plan.advance(None if self.is_scheduled else self._fixed(masked_BC))
         if self.end_of_text:
-            for row, ended in enumerate(self.end_of_text.ended_B(self.canvas_BC, self.masked_BC).tolist()):
-                if ended:
-                    self.plan.finish(row)
+            self._end_rows(self.end_of_text)
         return drafted_BC
+
+    def _accept(self, draft: Draft, step: StepPlan) -> Tensor:
+        if self.config.multi_block is None:
+            return self.rule.accept(draft, step.keep_BK[:, 0])
+        assert isinstance(self.rule, AdaptiveRule)
+        return self.rule.accept_in_blocks(draft, self.block_BC - step.block_B[:, None], step.keep_BK)
+
+    def _fixed(self, masked_before_BC: Tensor) -> list[list[int]]:
+        """Return by how many the open places of each block became fewer (p2 masks placed tokens anew)."""
+        fewer_BC = masked_before_BC.long() - self.masked_BC.long()
+        num_blocks = max(len(row.blocks) for row in self.plan.rows)
+        fewer_BN = fewer_BC.new_zeros(len(fewer_BC), num_blocks + 1).scatter_add_(1, self.block_BC + 1, fewer_BC)
+        return fewer_BN[:, 1:].tolist()
+
+    def _end_rows(self, end_of_text: EndOfText) -> None:
+        """Finish the rows whose text has ended, and begin no block behind an end that still has gaps before it."""
+        end_B = end_of_text.position_B(self.canvas_BC, self.masked_BC)
+        place_C = torch.arange(self.canvas_BC.shape[1], device=self.device)
+        open_B = (self.masked_BC & (place_C < end_B[:, None])).any(-1)
+        for row, (end, is_open) in enumerate(torch.stack((end_B, open_B.long()), 1).tolist()):
+            if end < self.canvas_BC.shape[1]:
+                if is_open:
+                    self.plan.rows[row].end_at(end)
+                else:
+                    self.plan.finish(row)
 
     def _denoise(self, candidate_BC: Tensor, step: StepPlan) -> Draft:
         """Run the network on the canvas and its head on the states that predict the candidates."""

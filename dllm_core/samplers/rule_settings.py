@@ -122,6 +122,23 @@ class EntropyBoundSamplerConfig(SamplerConfig):
         require_above_zero("entropy_bound", self.entropy_bound)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EntropyThresholdSamplerConfig(SamplerConfig):
+    """Accept every token whose entropy is at most a threshold (d3LLM, arXiv 2601.07568).
+
+    How many are accepted in any case is what it is for `threshold`.
+
+    Attributes:
+        entropy_threshold: > 0, in nats. d3LLM decodes at 0.4 to 0.5.
+    """
+
+    name: ClassVar[str] = "entropy_threshold"
+    entropy_threshold: float = 0.4
+
+    def __post_init__(self) -> None:
+        require_above_zero("entropy_threshold", self.entropy_threshold)
+
+
 SAMPLERS: dict[str, type[SamplerConfig]] = {
     c.name: c
     for c in (
@@ -133,6 +150,7 @@ SAMPLERS: dict[str, type[SamplerConfig]] = {
         ThresholdSamplerConfig,
         FactorSamplerConfig,
         EntropyBoundSamplerConfig,
+        EntropyThresholdSamplerConfig,
     )
 }
 

@@ -31,13 +31,6 @@ class EndOfText:
         place_C = torch.arange(is_end_BC.shape[1], device=is_end_BC.device)
         return torch.where(is_end_BC, place_C, is_end_BC.shape[1]).amin(-1)
 
-    def ended_B(self, canvas_BC: Tensor, masked_BC: Tensor) -> Tensor:
-        """Return the rows in which an EOS stands and nothing before it is open."""
-        end_B = self.position_B(canvas_BC, masked_BC)
-        place_C = torch.arange(canvas_BC.shape[1], device=canvas_BC.device)
-        open_B = (masked_BC & (place_C < end_B[:, None])).any(-1)
-        return (end_B < canvas_BC.shape[1]) & ~open_B
-
 
 class Stability:
     """Counts for how many passes the drafts of a row's block have been the same.

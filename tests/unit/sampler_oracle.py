@@ -155,10 +155,11 @@ def decode(
                     "margin": exp(first) - exp(second),
                     "entropy": sum(exp(v) * v for v in log_p[i]),
                     "entropy_bound": sum(exp(v) * v for v in log_p[i]),
+                    "entropy_threshold": sum(exp(v) * v for v in log_p[i]),
                 }.get(rule, log_p[i][token[i]])
             ranked = sorted(candidates, key=lambda i: (-score[i], i))
             entropy = {i: -sum(exp(v) * v for v in log_p[i]) for i in candidates}
-            if rule in ("threshold", "factor", "entropy_bound"):
+            if rule in ("threshold", "factor", "entropy_bound", "entropy_threshold"):
                 least = -(-len(candidates) // (steps - step))
                 keep = ranked[: max(least, certain(config.sampler_config, ranked, score, entropy))]
             else:
@@ -183,6 +184,64 @@ def decode(
     return canvas, [commit[i] for i in open_], passes
 
 
+def decode_pipeline(
+    backbone: Backbone, ids: Tensor, num_given: int, config: DiffusionGenerationConfig
+) -> tuple[list[int], int]:
+    """Return (tokens, passes) of d3LLM's pipeline, greedy: blocks have states, and are looked at one by one.
+
+    Written after the description of arXiv 2601.07568, section by section: early stop, activation, forward, acceptance,
+    forced progress. Thresholded rules on single tokens only.
+    """
+    model, length = Model(backbone, config.cache), len(ids)
+    canvas = ids.tolist()[:num_given] + [backbone.contract.mask_token_id] * (length - num_given)
+    open_, pipeline, rule = set(range(num_given, length)), config.multi_block, config.sampler_config
+    assert pipeline is not None
+    starts = list(range(num_given, length, config.block_size or length))
+    blocks = [list(range(s, min(s + (config.block_size or length), length))) for s in starts]
+    budget = spread([len(b) for b in blocks], min(config.max_denoising_steps, len(open_)))
+    active, lead, spent, passes = [0], 0, 0, 0
+    ends = config.eos_token_ids if config.stop_at_eos else ()
+
+    def progress(b: int) -> float:
+        return 1.0 if b < 0 else sum(i not in open_ for i in blocks[b]) / len(blocks[b])
+
+    while True:
+        stops = [i for i in range(num_given, length) if i not in open_ and canvas[i] in ends]
+        if stops and not [i for i in open_ if i < stops[0]]:
+            return canvas[: stops[0] + 1], passes
+        if not open_:
+            return canvas, passes
+        if stops:
+            active = [b for b in active if blocks[b][0] <= stops[0]]
+        passes += 1
+        where = [i for b in active for i in blocks[b] if i in open_]
+        log_p = model.log_probs(canvas, [i for b in active if b >= lead for i in blocks[b]])
+        token = {i: max(range(len(log_p[i])), key=lambda t, i=i: (log_p[i][t], -t)) for i in where}
+        entropy = {i: -sum(exp(v) * v for v in log_p[i]) for i in where}
+        by_entropy = rule.name == "entropy_threshold"
+        score = {i: -entropy[i] if by_entropy else log_p[i][token[i]] for i in where}
+        limit = -rule.entropy_threshold if by_entropy else log(rule.threshold)
+        taken = {i for i in where if score[i] >= limit}
+        for b in active:
+            inside = sorted((i for i in blocks[b] if i in open_), key=lambda i: (-score[i], i))
+            least = -(-len(inside) // (budget[lead] - spent)) if b == lead else 1
+            if b == lead or progress(b - 1) >= pipeline.decoded_token_threshold:
+                taken |= set(inside[:least])
+        for i in taken:
+            canvas[i] = token[i]
+        open_ -= taken
+        spent += 1
+        while lead < len(blocks) and progress(lead) == 1:
+            lead, spent = lead + 1, 0
+            if lead > active[-1] or lead == len(blocks):
+                break
+        last = active[-1]
+        far = progress(last) >= pipeline.block_add_threshold or progress(last) == 1
+        stops = [i for i in range(num_given, length) if i not in open_ and canvas[i] in ends]
+        if far and last + 1 < len(blocks) and (not stops or blocks[last + 1][0] <= stops[0]):
+            active.append(last + 1)
+
+
 def certain(rule: Any, ranked: list[int], score: dict[int, float], entropy: dict[int, float]) -> int:
     """Return how many of the ranked candidates a rule lets through by their scores."""
     count, before = 0, 0.0
@@ -192,6 +251,8 @@ def certain(rule: Any, ranked: list[int], score: dict[int, float], entropy: dict
         if rule.name == "factor" and n > 1 and (n + 1) * (1 - exp(score[i])) > rule.factor:
             break
         if rule.name == "entropy_bound" and before > rule.entropy_bound:
+            break
+        if rule.name == "entropy_threshold" and entropy[i] > rule.entropy_threshold:
             break
         count, before = n, before + entropy[i]
     return count

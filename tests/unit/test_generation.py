@@ -12,11 +12,10 @@ from torch import Tensor
 from dllm_core.backbone.backbone import Backbone
 from dllm_core.errors import DllmError
 from dllm_core.methods.protocol import GenerationOutput
-from dllm_core.samplers.config import SAMPLERS, DiffusionGenerationConfig
+from dllm_core.samplers.config import ADAPTIVE_SAMPLERS, SAMPLERS, DiffusionGenerationConfig
 from dllm_core.samplers.loop import generate
 from tests.tiny import NUM_TOKENS, byte_tokenizer, tiny_backbone
 
-ADAPTIVE = ("threshold", "factor", "entropy_bound")
 EASY = {"threshold": {"threshold": 0.15}, "factor": {"factor": 2.4}, "entropy_bound": {"entropy_bound": 4.0}}
 
 
@@ -54,7 +53,7 @@ def test_every_setting_ends_in_the_promised_forwards_with_nothing_left(backbone:
             sampler_config={"name": rule, **EASY.get(rule, {})},
         )
         out = generate(backbone, prompts(3, 5), config)
-        if rule in ADAPTIVE:
+        if rule in ADAPTIVE_SAMPLERS:
             assert out.num_forwards <= min(steps, tokens)
         else:
             assert out.num_forwards == min(steps, tokens)
@@ -65,7 +64,7 @@ def test_every_setting_ends_in_the_promised_forwards_with_nothing_left(backbone:
         commits = out.commit_step[0]
         assert int(commits.min()) >= 1
         assert int(commits.max()) <= out.num_forwards
-        if rule not in (*ADAPTIVE, "p2"):
+        if rule not in (*ADAPTIVE_SAMPLERS, "p2"):
             assert torch.bincount(commits, minlength=out.num_forwards + 1)[1:].min() >= 1, "a wasted forward"
         if size is not None:
             ends = [int(commits[i : i + size].max()) for i in range(0, tokens, size)]

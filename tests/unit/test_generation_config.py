@@ -14,6 +14,7 @@ import pytest
 from dllm_core.errors import DllmError
 from dllm_core.samplers.acceptance import RULES
 from dllm_core.samplers.config import (
+    ADAPTIVE_SAMPLERS,
     SAMPLERS,
     ConfidenceSamplerConfig,
     DiffusionGenerationConfig,
@@ -38,6 +39,13 @@ def test_round_trip_through_json(rule: str) -> None:
     assert pickle.loads(pickle.dumps(config)) == config
 
 
+def test_pipelines_round_trip() -> None:
+    config = DiffusionGenerationConfig(sampler_config="factor", multi_block={"block_add_threshold": 0.5})
+    assert DiffusionGenerationConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config.multi_block is not None
+    assert (config.multi_block.block_add_threshold, config.multi_block.decoded_token_threshold) == (0.5, 0.95)
+
+
 def test_rules_can_be_named_in_three_ways() -> None:
     ways: tuple[Any, ...] = (
         ThresholdSamplerConfig(threshold=0.7),
@@ -47,6 +55,7 @@ def test_rules_can_be_named_in_three_ways() -> None:
         assert DiffusionGenerationConfig(sampler_config=way).sampler_config == ways[0]
     assert DiffusionGenerationConfig(sampler_config="confidence").sampler_config == ConfidenceSamplerConfig()
     assert set(RULES) == set(SAMPLERS)
+    assert {name for name, rule in RULES.items() if rule.adaptive} == ADAPTIVE_SAMPLERS
 
 
 @pytest.mark.parametrize(
@@ -85,6 +94,9 @@ def test_rules_can_be_named_in_three_ways() -> None:
         ({"stability_threshold": 1, "confidence_threshold": 0}, "confidence_threshold=0", "above 0"),
         ({"confidence_threshold": 0.1}, "no effect without stability_threshold", "stability_threshold"),
         ({"verify": True, "cache": "dual"}, "verify compares with no cache", "measure_drift"),
+        ({"multi_block": {"block_ad_threshold": 1}}, "multi_block setting 'block_ad_threshold'", "block_add_threshold"),
+        ({"multi_block": {"decoded_token_threshold": 0}}, "decoded_token_threshold=0", "(0, 1]"),
+        ({"multi_block": {}}, "'confidence' accepts fixed counts", "threshold"),
         ({"measure_drift": 1}, "measure_drift=1 is neither", "truth"),
     ],
 )

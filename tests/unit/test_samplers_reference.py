@@ -31,6 +31,7 @@ SETTINGS = {
 
 
 EASY = {"threshold": {"threshold": 0.2}, "factor": {"factor": 2.4}, "entropy_bound": {"entropy_bound": 4.0}}
+EASY["entropy_threshold"] = {"entropy_threshold": 1.8}
 """Settings at which tiny random models, which are never sure, get several tokens through at once."""
 
 
