@@ -47,6 +47,7 @@ class Draft:
         margin_BC: fp32; probability of the best token minus that of the second best.
         entropy_BC: fp32; entropy of the prediction at temperature 1, in nats.
         priority_BC: fp32; random numbers fixed for the whole decode.
+        place_BC: int64; number of the position among those to fill in its block, from 0.
     """
 
     candidate_BC: Tensor
@@ -55,6 +56,7 @@ class Draft:
     margin_BC: Tensor | None = None
     entropy_BC: Tensor | None = None
     priority_BC: Tensor | None = None
+    place_BC: Tensor | None = None
 
 
 def order_candidates(score_BC: Tensor, candidate_BC: Tensor) -> Tensor:
@@ -194,7 +196,12 @@ class ThresholdRule(AdaptiveRule, ConfidenceRule):
 
     def certain(self, draft: Draft) -> Tensor:
         assert isinstance(self.config, ThresholdSamplerConfig)
-        return draft.candidate_BC & (draft.logprob_BC >= log(self.config.threshold))
+        threshold = self.config.threshold
+        if not isinstance(threshold, tuple):
+            return draft.candidate_BC & (draft.logprob_BC >= log(threshold))
+        assert draft.place_BC is not None
+        limit_P = torch.tensor([log(t) for t in threshold]).to(draft.place_BC.device, non_blocking=True)
+        return draft.candidate_BC & (draft.logprob_BC >= limit_P[draft.place_BC])
 
 
 class FactorRule(AdaptiveRule, ConfidenceRule):

@@ -36,13 +36,15 @@ def split_blocks(places: Sequence[int], block_size: int | None, model_block: int
     return [group[i : i + size] for group in groups for i in range(0, len(group), size)]
 
 
-def block_table(blocks_of_rows: Sequence[Sequence[Sequence[int]]], length: int) -> Tensor:
-    """Return the block index of every position to fill, -1 elsewhere, int64 [B, C]."""
+def block_tables(blocks_of_rows: Sequence[Sequence[Sequence[int]]], length: int) -> tuple[Tensor, Tensor]:
+    """Return (block_BC, place_BC), int64: the block of each position to fill, -1 elsewhere; its number in there."""
     block_BC = torch.full((len(blocks_of_rows), length), -1)
+    place_BC = torch.zeros_like(block_BC)
     for row, blocks in enumerate(blocks_of_rows):
         for index, places in enumerate(blocks):
             block_BC[row, list(places)] = index
-    return block_BC
+            place_BC[row, list(places)] = torch.arange(len(places))
+    return block_BC, place_BC
 
 
 @dataclass(frozen=True)

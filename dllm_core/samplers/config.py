@@ -172,6 +172,7 @@ class DiffusionGenerationConfig:
                 "Give cache='prefix', 'dual' or 'delayed', or leave measure_drift out.",
             )
 
+        self._require_thresholds()
         if self.multi_block is not None and self.sampler_config.name not in ADAPTIVE_SAMPLERS:
             raise DllmError(
                 f"multi_block needs a rule that goes by scores; '{self.sampler_config.name}' accepts fixed counts.",
@@ -182,6 +183,16 @@ class DiffusionGenerationConfig:
                 f"verify compares with no cache, from which cache='{self.cache.kind}' differs by its nature.",
                 "Give measure_drift=True instead, which says by how much.",
             )
+
+    def _require_thresholds(self) -> None:
+        rule = self.sampler_config
+        if isinstance(rule, ThresholdSamplerConfig) and isinstance(rule.threshold, tuple):
+            places = len(rule.threshold)
+            if self.block_size is None or self.block_size > places:
+                raise DllmError(
+                    f"{places} thresholds by place do not serve blocks of block_size={self.block_size}.",
+                    f"Give a block_size of at most {places}, or a single threshold.",
+                )
 
     def _validate_schedule(self) -> None:
         low, high = self.t_min, self.t_max

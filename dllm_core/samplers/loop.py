@@ -15,7 +15,7 @@ from torch import Tensor
 from dllm_core.corruption.noise import NoiseSource
 from dllm_core.methods.protocol import GenerationOutput
 from dllm_core.samplers.acceptance import AdaptiveRule, Draft, acceptance_rule
-from dllm_core.samplers.blocks import Plan, StepPlan, block_table, split_blocks
+from dllm_core.samplers.blocks import Plan, StepPlan, block_tables, split_blocks
 from dllm_core.samplers.canvas import Canvas
 from dllm_core.samplers.denoise import propose
 from dllm_core.samplers.denoisers import (
@@ -141,7 +141,8 @@ class Decoding:
 
         to_fill_BC = canvas.to_fill_BC.to(self.device)
         self.real_BC = canvas.real_BC.to(self.device)
-        self.block_BC = block_table(blocks_of_rows, to_fill_BC.shape[1]).to(self.device)
+        tables = block_tables(blocks_of_rows, to_fill_BC.shape[1])
+        self.block_BC, self.place_BC = (table.to(self.device) for table in tables)
         self.canvas_BC = self.rule.initialize_canvas(
             canvas.input_ids_BC.to(self.device), to_fill_BC, self.mask_token_id
         )
@@ -288,7 +289,7 @@ class Decoding:
         assert token_BC is not None
         assert logprob_BC is not None
         margin_BC, entropy_BC = spread(proposal.margin_M), spread(proposal.entropy_M)
-        return Draft(candidate_BC, token_BC, logprob_BC, margin_BC, entropy_BC, self.priority_BC)
+        return Draft(candidate_BC, token_BC, logprob_BC, margin_BC, entropy_BC, self.priority_BC, self.place_BC)
 
     # -- results ----------------------------------------------------------------------------------------------------
 

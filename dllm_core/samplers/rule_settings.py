@@ -75,15 +75,21 @@ class ThresholdSamplerConfig(SamplerConfig):
     token when `max_denoising_steps` is at least the number of tokens, and never more forwards than allowed.
 
     Attributes:
-        threshold: probability in (0, 1].
+        threshold: probability in (0, 1]; or one for each place of a block, in the order of its places to fill (see
+            `trajectory_thresholds`).
     """
 
     name: ClassVar[str] = "threshold"
-    threshold: float = 0.9
+    threshold: float | tuple[float, ...] = 0.9
 
     def __post_init__(self) -> None:
-        if not is_number(self.threshold) or not 0 < self.threshold <= 1:
-            raise DllmError(f"threshold={self.threshold!r} is not a probability.", "Give a number in (0, 1].")
+        if isinstance(self.threshold, list):
+            object.__setattr__(self, "threshold", tuple(self.threshold))
+        of_places = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
+        if not of_places or not all(is_number(t) and 0 < t <= 1 for t in of_places):
+            raise DllmError(
+                f"threshold={self.threshold!r} is not a probability.", "Give a number in (0, 1], or a list of them."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -162,6 +162,9 @@ def decode(
             if rule in ("threshold", "factor", "entropy_bound", "entropy_threshold"):
                 least = -(-len(candidates) // (steps - step))
                 keep = ranked[: max(least, certain(config.sampler_config, ranked, score, entropy))]
+                by_place = getattr(config.sampler_config, "threshold", None)
+                if isinstance(by_place, tuple):
+                    keep += [i for i in ranked[least:] if score[i] >= log(by_place[block.index(i)])]
             else:
                 # the first len(block) % steps steps place one token more
                 placed += len(block) // steps + (step < len(block) % steps)
@@ -246,7 +249,7 @@ def certain(rule: Any, ranked: list[int], score: dict[int, float], entropy: dict
     """Return how many of the ranked candidates a rule lets through by their scores."""
     count, before = 0, 0.0
     for n, i in enumerate(ranked, start=1):
-        if rule.name == "threshold" and score[i] < log(rule.threshold):
+        if rule.name == "threshold" and (isinstance(rule.threshold, tuple) or score[i] < log(rule.threshold)):
             break
         if rule.name == "factor" and n > 1 and (n + 1) * (1 - exp(score[i])) > rule.factor:
             break

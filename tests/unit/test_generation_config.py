@@ -84,6 +84,8 @@ def test_rules_can_be_named_in_three_ways() -> None:
         ({"cache": {"kind": "exact", "refresh_every": 2}}, "'exact' is never refreshed", "refresh_every"),
         ({"cache": {"kind": "prefix", "delay": 2}}, "'prefix' has no delay", "delayed"),
         ({"cache": "exact", "measure_drift": True}, "has no drift", "measure_drift"),
+        ({"sampler_config": {"name": "threshold", "threshold": []}}, "threshold=()", "(0, 1]"),
+        ({"sampler_config": {"name": "threshold", "threshold": [0.9, 0.8]}}, "do not serve blocks", "at most 2"),
         ({"sampler_config": {"name": "factor", "factor": 0}}, "factor=0", "above 0"),
         ({"sampler_config": {"name": "entropy_bound", "entropy_bound": "x"}}, "entropy_bound='x'", "above 0"),
         ({"t_max": 1.0}, "belong together", "temperature"),
