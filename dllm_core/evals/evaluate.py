@@ -127,7 +127,7 @@ def evaluate(
     likelihoods = {name: sums.grouped(heldout.groups(batch.sample_ids)) for name, sums in found.items()}
     metrics: dict[str, Any] = {
         **_likelihood_metrics(likelihoods, heldout.num_bytes_N[: len(batch)].tolist()),
-        "block_size": settings.block_size,
+        "block_size": method.capabilities.bound_block_size or settings.block_size,
         "unigram_nats_per_token": unigram_nll(batch, train_counts_V, heldout.num_tokens).per_token().value,
         **_masked_metrics(method, masked, heldout.groups(masked.sample_ids), settings, noise, meter),
         "prediction_strip": _strip(method, batch, noise, tokenizer) if method.capabilities.nelbo else None,
@@ -162,7 +162,8 @@ def _work(method: Method, batch: Batch, masked: Batch, prompts: Prompts, setting
         work += len(batch)
     if method.capabilities.nelbo:
         work += len(batch) * settings.nelbo_samples
-        work += num_block_views(batch, settings.nelbo_samples, settings.block_size)
+        if method.capabilities.bound_block_size is None:
+            work += num_block_views(batch, settings.nelbo_samples, settings.block_size)
         work += len(masked) * len(settings.mask_ratios)
     return work
 
@@ -175,10 +176,14 @@ def _likelihoods(
     if method.capabilities.exact_likelihood:
         found["exact"] = exact_nll(method, batch, batch_size=size, on_views=meter.start("likelihood"))
     if method.capabilities.nelbo:
-        samples = settings.nelbo_samples
-        found["nelbo"] = nelbo(
+        samples, by_block = settings.nelbo_samples, method.capabilities.bound_block_size is not None
+        # where every token is scored behind a clean prefix, whatever is hidden there, views of the whole response give
+        # the bound of all blocks at once: to a block, its own masks are those of a rate t, whatever the others' are
+        found["block_nelbo" if by_block else "nelbo"] = nelbo(
             method, batch, samples=samples, noise=noise, batch_size=size, on_views=meter.start("NELBO")
         )
+        if by_block:
+            return found
         found["block_nelbo"] = block_nelbo(
             method,
             batch,
@@ -192,15 +197,16 @@ def _likelihoods(
 
 
 def _likelihood_metrics(found: dict[str, SequenceSums], num_bytes: list[float]) -> dict[str, Any]:
-    """Return estimates; bits per byte are the exact ones where there are, else those of the random-order bound."""
+    """Return estimates; bits per byte are the exact ones where there are, else the bound's."""
     estimates = {name: sums.per_token() for name, sums in found.items()}
     metrics: dict[str, Any] = {
         f"{name}_nats_per_token": estimates[name].as_json() if name in estimates else None
         for name in ("exact", "nelbo", "block_nelbo")
     }
     metrics["perplexity"] = math.exp(estimates["exact"].value) if "exact" in estimates else None
-    metrics["ppl_bound"] = math.exp(estimates["nelbo"].value) if "nelbo" in estimates else None
-    headline = found.get("exact") or found.get("nelbo")
+    bound = "nelbo" if "nelbo" in found else "block_nelbo"
+    metrics["ppl_bound"] = math.exp(estimates[bound].value) if bound in estimates else None
+    headline = found.get("exact") or found.get(bound)
     metrics["bits_per_byte"] = headline.bits_per_byte(num_bytes) if headline and sum(num_bytes) else None
     return metrics
 

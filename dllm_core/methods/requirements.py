@@ -84,6 +84,8 @@ class Capabilities:
         unmasking: decodes by iterative unmasking (denoising steps, history, commit order).
         streaming: `generate` can send drafts to a streamer.
         exact_cache: cached decoding equals uncached decoding.
+        bound_block_size: `masked_nll` sees all of the blocks before a token's own, hidden or not, and nothing after it:
+            every bound is block-wise, on blocks of this many tokens, and there is none for a random order.
         speed_group: rows of one group run the same network and must tie in speed at equal steps.
         diagnostics: `diagnose` returns figures of health on held-out sequences.
         latent: generates through continuous latents: no masks, no bound on the likelihood.
@@ -96,6 +98,7 @@ class Capabilities:
     unmasking: bool = False
     streaming: bool = False
     exact_cache: bool = False
+    bound_block_size: int | None = None
     speed_group: str | None = None
     diagnostics: bool = False
     latent: bool = False

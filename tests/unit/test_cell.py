@@ -22,6 +22,7 @@ ROOMS = {
     "random_mask": {},
     "repr_align": {"layers": [0, 2]},
     "trajectory": {"block_sizes": [4, 8], "mode": "random"},
+    "block_causal": {"block_size": 4},
 }
 
 

@@ -26,6 +26,7 @@ OPTIONS = {
     "random_mask": {},
     "repr_align": {"token_fraction": 0.5},
     "trajectory": {"responses": 8, "block_sizes": [4, 7], "prefix_share": 0.5, "commit_steps": 4},
+    "block_causal": {"block_size": 4, "weight": 1.0, "token_fraction": 0.5},
 }
 
 

@@ -1,0 +1,1 @@
+"""Masked diffusion inside blocks, autoregressive between them: the conversion that can keep keys and values exactly."""
