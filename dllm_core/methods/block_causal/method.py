@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +15,14 @@ from dllm_core.data.batch import Batch
 from dllm_core.methods.block_causal.draws import block_masks, block_starts, bound_weights
 from dllm_core.methods.block_causal.layout import Layout
 from dllm_core.methods.block_causal.options import Options
-from dllm_core.methods.protocol import Corrupted, LossOutput, Resources, StepInfo
+from dllm_core.methods.protocol import (
+    Corrupted,
+    GenerationOutput,
+    LossOutput,
+    Resources,
+    SamplingRequest,
+    StepInfo,
+)
 from dllm_core.methods.repr_align.alignment import alignment_loss
 from dllm_core.methods.repr_align.method import Method as ReprAlignMethod
 from dllm_core.methods.requirements import RoomOptions
@@ -81,6 +90,30 @@ class Method(ReprAlignMethod):
             column_BL = layout.predictors(batch.position_BL, view, shifted=self.is_shifted)
             found.append(flat_WD.index_select(0, (row_B1 + column_BL).flatten()).view(*column_BL.shape, -1))
         return found
+
+    # -- generating -------------------------------------------------------------------------------------------------
+
+    def sample(
+        self,
+        prompts: Sequence[Tensor],
+        request: SamplingRequest,
+        on_draft: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> GenerationOutput:
+        """Generate a response for each prompt by confidence unmasking with the exact cache; see `Method.sample`.
+
+        Every block gets at least one pass, also where `request.num_steps` is less. `request.block_size` divides the
+        model's blocks further.
+        """
+        from dllm_core.samplers.blocks import split_blocks
+        from dllm_core.samplers.config import CacheConfig, DiffusionGenerationConfig
+
+        config = DiffusionGenerationConfig.from_request(request)
+        places = [range(len(p), len(p) + request.max_new_tokens) for p in prompts]
+        blocks = max(len(split_blocks(p, request.block_size, self.options.block_size)) for p in places)
+        config = replace(
+            config, cache=CacheConfig(kind="exact"), max_denoising_steps=max(blocks, config.max_denoising_steps)
+        )
+        return self.generate(list(prompts), config, sample_ids=request.sample_ids, on_draft=on_draft)
 
     # -- training ---------------------------------------------------------------------------------------------------
 
