@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ from dllm_core.methods.requirements import RoomOptions
 from dllm_core.methods.single_network import FORWARD_AND_BACKWARD
 from dllm_core.methods.token_space import View
 
+if TYPE_CHECKING:
+    from dllm_core.backbone.backbone import Backbone
+
 
 class Method(ReprAlignMethod):
     """Diffusion inside blocks of fixed size, autoregressive between them (BD3-LM, arXiv:2503.09573).
@@ -51,6 +54,11 @@ class Method(ReprAlignMethod):
     """
 
     options: Options
+
+    def __init__(self, backbone: Backbone, options: Options) -> None:
+        super().__init__(backbone, options)
+        # decoding reads off the contract how far a token sees, also before anything is saved
+        backbone.contract = backbone.contract.model_copy(update=self.contract_fields(options))
 
     @classmethod
     def contract_fields(cls, options: RoomOptions) -> dict[str, Any]:
