@@ -17,8 +17,11 @@ from dllm_core.backbone.backbone import Backbone
 from dllm_core.backbone.contract import read_contract
 from dllm_core.backbone.conversion import convert
 from dllm_core.backbone.identity import model_identity
+from dllm_core.corruption.noise import NoiseSource
+from dllm_core.data.sequences import SequenceSet
 from dllm_core.errors import DllmError
-from dllm_core.methods.cell import save_cell
+from dllm_core.evals.nelbo import block_nelbo
+from dllm_core.methods.cell import load_cell, save_cell
 from dllm_core.methods.registry import room_method, room_options
 from dllm_core.methods.requirements import AnchorNeed
 from params.schema import CellSpec, GridSpec, RowSpec
@@ -311,3 +314,26 @@ def test_benchmark_times_latent_rows_by_denoising_steps_and_ties_them_with_nobod
     assert figures["load_s"] > 0
     assert result.ties == []
     assert no_nan(result.rows)
+
+
+def test_a_block_causal_row_has_the_bound_on_its_own_blocks_alone(tmp_path: Path, world: World) -> None:
+    overrides = {"eval.dtype": "fp32", "train.dtype": "fp32", "runtime.device": "cpu", "eval.nelbo_samples": "32"}
+    overrides["cells.block_causal.options.block_size"] = "4"
+    world.spec = params.load("test", cells="block_causal", overrides=overrides)
+    row, trained = world.spec.row_spec("block_causal", 0), world.train("block_causal", 0.01)
+    metrics = evaluate_cell(world.spec, row, trained, world.model, world.data, world.ctx).metrics
+    assert set(metrics) == METRICS
+    assert metrics["nelbo_nats_per_token"] is None
+    assert metrics["block_size"] == 4
+    assert set(metrics["per_sequence"]) == {"block_nelbo"}
+    bound = metrics["block_nelbo_nats_per_token"]["value"]
+    assert metrics["ppl_bound"] == pytest.approx(math.exp(bound))
+    assert metrics["bits_per_byte"] is not None
+
+    # the same bound from views of one block at a time, whose tokens see nothing of what is hidden elsewhere
+    method = load_cell(trained.cell_dir)
+    heldout = SequenceSet.load(world.data.heldout_dir).batch_of(range(world.spec.eval.nelbo_sequences))
+    other = block_nelbo(method, heldout, samples=64, block_size=4, noise=NoiseSource(5)).per_token()
+    assert bound == pytest.approx(other.value, abs=0.05)
+    assert metrics["history"]["commit_step"], "it decodes block by block, with a history"
+    assert no_nan(metrics)
