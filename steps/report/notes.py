@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from steps.report.cells import Cell, gather
+from steps.report.cells import BLOCK_NELBO, Cell, gather
 from steps.report.curves import still_rising
 from steps.report.schema import Results
 from steps.report.texts import DEGENERATE, HAS_ORDER
@@ -47,6 +47,12 @@ def quality(results: Results) -> str:
         "bound is not an exact value: the columns are not to be mixed. acc r=.5: share of tokens that are right when "
         "half are masked."
     )
+    by_block = [c.name for c in gather(results) if c.kind == BLOCK_NELBO]
+    if by_block:
+        note += (
+            f" {', '.join(by_block)}: seen in blocks of its own, behind clean earlier ones and with nothing of later "
+            "ones in view; its masked tokens are another task, and accuracies are not to be compared with other rows'."
+        )
     boundless = [c.name for c in gather(results) if c.latent]
     if boundless:
         note += (

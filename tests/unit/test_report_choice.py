@@ -10,6 +10,7 @@ import pytest
 
 from steps.report.compare import concluded
 from steps.report.markdown import render_markdown
+from steps.report.notes import quality
 from steps.report.schema import Results
 from steps.report.summary import headline
 from tests.report_rows import JUDGED, Made, made_up
@@ -127,6 +128,8 @@ def test_kinds_of_bounds_are_ranked_apart() -> None:
     assert "for likelihood, random_mask (of the 3 rows with a NELBO)" in line(results, "Answer")
     assert "block_causal" not in line(results, "Likelihood").split("By block NELBO")[0]
     assert "NELBO against block NELBO" in line(results, "Not ranked")
+    assert "block_causal: seen in blocks of its own" in quality(results), "its masked accuracy is of another task"
+    assert "blocks of its own" not in quality(made_up(AR | RESOLVED, SEEDS))
 
 
 def test_latent_rows_alone() -> None:
