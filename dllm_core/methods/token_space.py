@@ -130,10 +130,14 @@ class TokenSpaceMethod(SingleNetworkMethod):
         request: SamplingRequest,
         on_draft: Callable[[Tensor, Tensor], None] | None = None,
     ) -> GenerationOutput:
-        """Generate a response for each prompt by confidence unmasking; see `Method.sample`."""
+        """Generate a response for each prompt by confidence unmasking; see `Method.sample`.
+
+        Keys and values are kept where that changes nothing: in block-causal models.
+        """
         from dllm_core.samplers.config import DiffusionGenerationConfig
 
-        config = DiffusionGenerationConfig.from_request(request)
+        exact = self.backbone.contract.attention == "block_causal"
+        config = DiffusionGenerationConfig.from_request(request, cache="exact" if exact else "none")
         return self.generate(list(prompts), config, sample_ids=request.sample_ids, on_draft=on_draft)
 
     def generate(
@@ -161,7 +165,7 @@ class TokenSpaceMethod(SingleNetworkMethod):
             Sequences on the CPU, prompt included.
 
         Raises:
-            DllmError: rows that cannot be decoded, or fewer steps than blocks.
+            DllmError: rows that cannot be decoded, fewer steps than blocks, or a cache that the model does not allow.
         """
         from dllm_core.samplers.config import DiffusionGenerationConfig
         from dllm_core.samplers.loop import generate

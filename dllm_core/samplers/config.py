@@ -299,13 +299,17 @@ class DiffusionGenerationConfig:
 
     @classmethod
     def from_request(
-        cls, request: SamplingRequest, sampler: SamplerConfig | str | dict[str, Any] = "confidence"
+        cls,
+        request: SamplingRequest,
+        sampler: SamplerConfig | str | dict[str, Any] = "confidence",
+        cache: CacheConfig | str | dict[str, Any] = "none",
     ) -> DiffusionGenerationConfig:
-        """Return the config for room-independent settings, with an acceptance rule of the room's choice."""
+        """Return the config for room-independent settings, with an acceptance rule and a cache of the room's choice."""
         return cls(
             max_new_tokens=request.max_new_tokens,
             max_denoising_steps=request.num_steps,
             sampler_config=sampler_config(sampler),
+            cache=cache_config(cache),
             temperature=request.temperature,
             block_size=request.block_size,
             stop_at_eos=request.stop_at_eos,

@@ -237,6 +237,20 @@ def test_blocks_of_the_model_are_never_crossed_but_may_be_cut() -> None:
         generate(backbone, [prompt], settings(max_denoising_steps=2))
 
 
+def test_a_cell_samples_with_the_exact_cache_where_there_is_one() -> None:
+    from dllm_core.methods.protocol import SamplingRequest
+    from dllm_core.methods.random_mask.method import Method
+    from dllm_core.methods.random_mask.options import Options
+
+    request = SamplingRequest(max_new_tokens=8, num_steps=4, temperature=0.0, seed=0)
+    for model_block, lengths in ((4, [8, 4, 8, 4]), (None, [12] * 4)):
+        backbone = tiny_backbone(model_block=model_block)
+        passes = Passes(backbone)
+        Method(backbone, Options()).sample(prompts(4), request)
+        passes.handle.remove()
+        assert passes.tokens == lengths
+
+
 # -- both -----------------------------------------------------------------------------------------------------------
 
 
