@@ -102,7 +102,9 @@ def test_a_chunk_equals_the_reference_and_fills_its_buffers(
         blocked[:2] = False
     targets = torch.zeros(rows, dtype=torch.long, device=kernel_device)
     targets[1:] = buffer[1:rows, :2].argmax(-1)
-    buffer[0, :2] = 40.0  # a tie, which the lower id wins
+    # ties, which the lowest id wins: between lanes, and within the first one
+    buffer[0, :2] = 40.0
+    buffer[0, :: triton._BLOCK] = 40.0
     weights = torch.rand(3, rows + 2, device=kernel_device)[:, 1:-1]
     terms = Terms(entropy, 0.5, blocked, True)
     want_parts, got_parts = torch.zeros(3, rows, device=kernel_device), torch.full((3, rows), torch.nan)
