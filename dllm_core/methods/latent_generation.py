@@ -21,6 +21,16 @@ from dllm_core.samplers.config import DiffusionGenerationConfig
 from dllm_core.samplers.denoise import draw_tokens
 
 _CHUNK_ROWS = 256
+_OF_UNMASKING = (
+    "sampler_config",
+    "cache",
+    "guidance_scale",
+    "t_max",
+    "stability_threshold",
+    "record_passes",
+    "verify",
+)
+"""Settings of `DiffusionGenerationConfig` that say how masks are filled."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +105,9 @@ def request_of(
         sample_ids: one a prompt; None means 0..B-1.
 
     Raises:
-        DllmError: no prompts, an empty prompt, or lists of different lengths.
+        DllmError: no prompts, an empty prompt, lists of different lengths, or a setting that only unmasking knows.
     """
+    _refuse_unmasking(config)
     rows = [p.to(device).long() for p in prompts]
     if not rows or any(p.ndim != 1 or len(p) == 0 for p in rows):
         raise DllmError("A prompt is empty or not one row of ids.", "Give every prompt at least one token.")
@@ -107,6 +118,17 @@ def request_of(
             f"{len(rows)} prompts, {len(sizes)} lengths and {len(ids)} sample ids.", "Give one of each per prompt."
         )
     return Request(rows, sizes, config, ids)
+
+
+def _refuse_unmasking(config: DiffusionGenerationConfig) -> None:
+    """Raise `DllmError` where a setting asks for what generation from latents has no place for."""
+    default = DiffusionGenerationConfig()
+    for name in _OF_UNMASKING:
+        if getattr(config, name) != getattr(default, name):
+            raise DllmError(
+                f"{name} says how masks are filled, and this cell generates from latents.",
+                f"Leave {name} out, or take a token-space cell.",
+            )
 
 
 def read_tokens(

@@ -227,3 +227,23 @@ def test_unknown_shapes_and_layers_are_refused_with_what_is_known(room):
     assert "-6" in problem
     assert "4 blocks" in problem
     assert "-5" in remedy
+
+
+UNMASKING = [
+    ("sampler_config", {"sampler_config": "p2"}),
+    ("cache", {"cache": "prefix", "block_size": 2}),
+    ("guidance_scale", {"guidance_scale": 1.5}),
+    ("t_max", {"t_max": 0.8, "t_min": 0.2}),
+    ("stability_threshold", {"stability_threshold": 2}),
+    ("record_passes", {"record_passes": True}),
+    ("verify", {"verify": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), UNMASKING)
+def test_settings_of_unmasking_are_refused_by_name(name, settings):
+    config = DiffusionGenerationConfig(max_new_tokens=6, **settings)
+    problem, remedy = refusal(lambda: request_of(PROMPTS, config, torch.device("cpu")))
+    assert "latents" in problem
+    assert "token-space" in remedy
+    assert name in problem
