@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 
 from dllm_core.errors import ContractError
 
@@ -15,7 +15,7 @@ Attention = Literal["bidirectional", "block_causal"]
 
 
 class Contract(BaseModel):
-    """Six points on which peers silently disagree, made explicit.
+    """Seven points on which peers silently disagree, made explicit.
 
     Attributes:
         alignment: `shifted` - the hidden state at i-1 predicts token i (as in the AR model); `same_position` - at i.
@@ -34,10 +34,16 @@ class Contract(BaseModel):
     alignment: Alignment = "shifted"
     mask_token_id: int
     num_tokens: int
-    block_size: int | None = None
+    block_size: PositiveInt | None = None
     attention: Attention = "bidirectional"
     weighting: str = "mean_masked"
     normaliser: str = "sequence_then_batch"
+
+    @model_validator(mode="after")
+    def _blocks_have_a_size(self) -> Self:
+        if self.attention == "block_causal" and self.block_size is None:
+            raise ValueError("attention: block_causal needs a block_size")
+        return self
 
     def require(self, **expected: Any) -> None:
         """Raise if a field differs from what the caller relies on.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -185,6 +187,17 @@ def test_other_contract_is_refused_with_both_values(tiny_backbone: Backbone, tmp
         Backbone.from_pretrained(tmp_path, expect={"alignment": "same_position"})
     with pytest.raises(ContractError, match=r"mask_token_id=97.*12"):
         Backbone.from_pretrained(tmp_path, expect={"mask_token_id": 12})
+
+
+@pytest.mark.parametrize("wrong", [{"attention": "block_causal"}, {"block_size": 0}, {"attention": "sideways"}])
+def test_a_contract_that_contradicts_itself_is_refused(tiny_backbone: Backbone, tmp_path, wrong) -> None:
+    tiny_backbone.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["dllm"] |= wrong
+    path.write_text(json.dumps(config))
+    with pytest.raises(ContractError, match="not understood"):
+        read_contract(tmp_path)
 
 
 def test_plain_model_and_missing_directory_are_refused(tmp_path) -> None:
