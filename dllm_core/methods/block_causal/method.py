@@ -113,15 +113,10 @@ class Method(ReprAlignMethod):
         model's blocks further.
         """
         from dllm_core.samplers.blocks import split_blocks
-        from dllm_core.samplers.config import CacheConfig, DiffusionGenerationConfig
 
-        config = DiffusionGenerationConfig.from_request(request)
         places = [range(len(p), len(p) + request.max_new_tokens) for p in prompts]
         blocks = max(len(split_blocks(p, request.block_size, self.options.block_size)) for p in places)
-        config = replace(
-            config, cache=CacheConfig(kind="exact"), max_denoising_steps=max(blocks, config.max_denoising_steps)
-        )
-        return self.generate(list(prompts), config, sample_ids=request.sample_ids, on_draft=on_draft)
+        return super().sample(prompts, replace(request, num_steps=max(blocks, request.num_steps)), on_draft)
 
     # -- training ---------------------------------------------------------------------------------------------------
 
