@@ -17,7 +17,7 @@ grid: install
 	$(BIN)/python flows/compare_grid.py run $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow --timeout 3600 $(ARGS)

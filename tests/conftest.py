@@ -13,6 +13,8 @@ import pytest
 # `tests.tiny` and the packages of the repository, however pytest was started
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+# tiny tensors: a second thread gains nothing, and on a busy machine every parallel region waits for it
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")

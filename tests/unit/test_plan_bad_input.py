@@ -327,7 +327,7 @@ def test_too_little_memory() -> None:
         "Training random_mask needs about 3.9 GB of memory (estimate), 1.5 GB are allowed by runtime.memory_limit_gb."
     )
     text = render(plan("laptop", machine=small, dry_run=True))
-    assert "Here the run would stop\n  Training ar_tuned needs about 3.9 GB of memory" in text
+    assert "Here the run would stop\n  Training vfm needs about 4.4 GB of memory" in text
 
 
 def test_too_little_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,7 +338,7 @@ def test_too_little_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     runs = tmp_path / "runs"
     problem, remedy = refused(lambda: plan("laptop", runs_dir=runs))
     assert problem == (
-        f"The run needs about 9.0 GB of disk (estimate; checkpoints 4.8 GB), 0.0 GB are free in '{runs}'."
+        f"The run needs about 10.2 GB of disk (estimate; checkpoints 5.1 GB), 0.0 GB are free in '{runs}'."
     )
     assert remedy.startswith("Free some (python -m steps.cache gc --keep 20GB)")
     assert not runs.exists()
