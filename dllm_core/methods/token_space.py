@@ -8,7 +8,7 @@ the batch changes nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -132,12 +132,18 @@ class TokenSpaceMethod(SingleNetworkMethod):
     ) -> GenerationOutput:
         """Generate a response for each prompt by confidence unmasking; see `Method.sample`.
 
-        Keys and values are kept where that changes nothing: in block-causal models.
+        Keys and values are kept where that changes nothing: in block-causal models. There every block gets at least
+        one pass, also where `request.num_steps` is less, and `request.block_size` divides the model's blocks further.
         """
+        from dllm_core.samplers.blocks import split_blocks
         from dllm_core.samplers.config import DiffusionGenerationConfig
 
-        exact = self.backbone.contract.attention == "block_causal"
-        config = DiffusionGenerationConfig.from_request(request, cache="exact" if exact else "none")
+        contract, cache = self.backbone.contract, "none"
+        if contract.attention == "block_causal":
+            places = [range(len(p), len(p) + request.max_new_tokens) for p in prompts]
+            blocks = max(len(split_blocks(p, request.block_size, contract.block_size)) for p in places)
+            request, cache = replace(request, num_steps=max(blocks, request.num_steps)), "exact"
+        config = DiffusionGenerationConfig.from_request(request, cache=cache)
         return self.generate(list(prompts), config, sample_ids=request.sample_ids, on_draft=on_draft)
 
     def generate(

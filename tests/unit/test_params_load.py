@@ -10,21 +10,11 @@ import pytest
 import params
 from params.overrides import parse_overrides
 from params.schema import GridSpec
+from tests.flow.grid_runs import ROWS
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = ["gpu_small", "laptop", "overnight", "qwen3_1_7b", "smoke", "test"]
 ALONE = ["ldlm_hour"]
-ROWS = [
-    "ar",
-    "ar_tuned",
-    "random_mask",
-    "repr_align_4",
-    "repr_align_all",
-    "repr_align_trajectory",
-    "ldlm",
-    "vfm",
-    "cola",
-]
 
 
 def test_names() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,10 +15,8 @@ from dllm_core.methods.block_causal.layout import Layout
 from dllm_core.methods.block_causal.options import Options
 from dllm_core.methods.protocol import (
     Corrupted,
-    GenerationOutput,
     LossOutput,
     Resources,
-    SamplingRequest,
     StepInfo,
 )
 from dllm_core.methods.repr_align.alignment import alignment_loss
@@ -98,25 +94,6 @@ class Method(ReprAlignMethod):
             column_BL = layout.predictors(batch.position_BL, view, shifted=self.is_shifted)
             found.append(flat_WD.index_select(0, (row_B1 + column_BL).flatten()).view(*column_BL.shape, -1))
         return found
-
-    # -- generating -------------------------------------------------------------------------------------------------
-
-    def sample(
-        self,
-        prompts: Sequence[Tensor],
-        request: SamplingRequest,
-        on_draft: Callable[[Tensor, Tensor], None] | None = None,
-    ) -> GenerationOutput:
-        """Generate a response for each prompt by confidence unmasking with the exact cache; see `Method.sample`.
-
-        Every block gets at least one pass, also where `request.num_steps` is less. `request.block_size` divides the
-        model's blocks further.
-        """
-        from dllm_core.samplers.blocks import split_blocks
-
-        places = [range(len(p), len(p) + request.max_new_tokens) for p in prompts]
-        blocks = max(len(split_blocks(p, request.block_size, self.options.block_size)) for p in places)
-        return super().sample(prompts, replace(request, num_steps=max(blocks, request.num_steps)), on_draft)
 
     # -- training ---------------------------------------------------------------------------------------------------
 
