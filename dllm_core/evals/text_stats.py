@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -16,8 +17,8 @@ def ngrams(ids: Ids, n: int) -> Iterator[tuple[int, ...]]:
     return zip(*(ids[i:] for i in range(n)), strict=False)
 
 
-def unigram_entropy(texts: Sequence[Ids]) -> float:
-    """Return the entropy of the token frequencies within a text, in nats, averaged over the texts.
+def unigram_entropies(texts: Sequence[Ids]) -> list[float]:
+    """Return the entropy of the token frequencies within each text, in nats.
 
     Depends on length (at most ln(length)), so compare texts of equal length only.
     """
@@ -25,7 +26,19 @@ def unigram_entropy(texts: Sequence[Ids]) -> float:
     for ids in texts:
         total = len(ids)
         entropies.append(-sum(c / total * math.log(c / total) for c in Counter(ids).values()) if total else 0.0)
+    return entropies
+
+
+def unigram_entropy(texts: Sequence[Ids]) -> float:
+    """Return the mean of `unigram_entropies`."""
+    entropies = unigram_entropies(texts)
     return math.fsum(entropies) / len(entropies) if entropies else math.nan
+
+
+def unigram_entropy_se(texts: Sequence[Ids]) -> float:
+    """Return the standard error of `unigram_entropy` over the texts, taken as independent; nan for fewer than two."""
+    entropies = unigram_entropies(texts)
+    return statistics.stdev(entropies) / math.sqrt(len(entropies)) if len(entropies) > 1 else math.nan
 
 
 def distinct(texts: Sequence[Ids], n: int) -> float:
@@ -63,6 +76,7 @@ def text_statistics(texts: Sequence[Ids]) -> dict[str, float | None]:
     """Return entropy, distinct-1..3 and repetition; a figure that the texts are too short for is None."""
     figures = {
         "unigram_entropy_nats": unigram_entropy(texts),
+        "unigram_entropy_se": unigram_entropy_se(texts),
         "distinct_1": distinct(texts, 1),
         "distinct_2": distinct(texts, 2),
         "distinct_3": distinct(texts, 3),

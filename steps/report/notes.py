@@ -8,7 +8,7 @@ from typing import Any
 from steps.report.cells import BLOCK_NELBO, Cell, gather
 from steps.report.curves import still_rising
 from steps.report.schema import Results
-from steps.report.texts import DEGENERATE, HAS_ORDER
+from steps.report.texts import ENTROPY_SHARE, HAS_ORDER, MOST_REPEATED
 
 AT_ONCE = 0.9
 """Part of a decode's time at whose end the first token is there, above which all tokens are written at the end."""
@@ -88,9 +88,10 @@ def text(results: Results) -> str:
     return (
         f"Means over the seeds (sd).{told} Judge perplexity alone can be gamed by dull or repetitive text: read it "
         "with entropy and repetition. A judge that is the base model is labelled self-judged and ranks nothing. The "
-        f"check is a screen, not a rank; it wants, in every seed: under {100 * DEGENERATE:.0f} % repeated 4-grams; "
-        f"unigram entropy at least {100 * DEGENERATE:.0f} % of held-out text's; a judge perplexity below that of "
-        "held-out text with its tokens shuffled; and that shuffling its own tokens costs the judge at least "
+        f"check is a screen, not a rank; it wants, in every seed: under {100 * MOST_REPEATED:.0f} % repeated 4-grams; "
+        f"unigram entropy, less two standard errors, at least {100 * ENTROPY_SHARE:.0f} % of held-out text's; a judge "
+        "perplexity below that of held-out text with its tokens shuffled; and that shuffling its own tokens costs the "
+        "judge at least "
         f"{100 * HAS_ORDER:.0f} % of the nats that it costs for held-out text. Where the judge hardly tells held-out "
         "text from shuffled tokens, no text can pass."
     )

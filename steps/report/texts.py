@@ -13,8 +13,13 @@ from typing import Any
 from steps.report.cells import Cell, Spread, gather, merged
 from steps.report.schema import Estimate, Results
 
-DEGENERATE = 0.5
-"""Part of the entropy of held-out text below which, and part of repeated 4-grams above which, text says nothing."""
+ENTROPY_SHARE = 0.75
+"""Part of the entropy of held-out text that text has to have, beyond the error of a few texts.
+
+Lenient: lower perplexities bought with entropy (arXiv:2409.02908) are told there as a fault at smaller losses.
+"""
+MOST_REPEATED = 0.25
+"""Part of 4-grams that may have occurred before in the same text."""
 KNOWS_TEXT = 2.0
 """Times the judge's perplexity of held-out text that shuffling it has to give before the judge's word counts."""
 HAS_ORDER = 0.1
@@ -63,10 +68,14 @@ def judge_tells(reference: Mapping[str, Any]) -> bool:
 def fault(point: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
     """Return what is wrong with the text of one temperature of one seed, "" if nothing is known to be."""
     entropy, usual = point.get("unigram_entropy_nats"), reference.get("unigram_entropy_nats")
-    if (repeated := point.get("repetition_4") or 0.0) > DEGENERATE:
+    if (repeated := point.get("repetition_4") or 0.0) > MOST_REPEATED:
         return f"{100 * repeated:.0f} % repeated 4-grams"
-    if entropy is not None and usual and entropy < DEGENERATE * usual:
-        return f"entropy {entropy:.1f}"
+    if entropy is not None and usual:
+        margin = 2 * (point.get("unigram_entropy_se") or 0.0)
+        if entropy < ENTROPY_SHARE * usual:
+            return f"entropy {entropy:.1f}"
+        if entropy - margin < ENTROPY_SHARE * usual:
+            return f"entropy {entropy:.1f} ± {margin:.1f}, too near {ENTROPY_SHARE * usual:.1f}"
     ppl, shuffled = point.get("judge_ppl"), point.get("shuffled_judge_ppl")
     if ppl is None or not judge_tells(reference):
         return ""

@@ -162,6 +162,25 @@ def test_text_has_to_pass_in_every_seed() -> None:
     assert "vfm (90 % repeated 4-grams in 1 of 3 seeds)" in line(results, "Text")
 
 
+@pytest.mark.parametrize(
+    ("figures", "told"),
+    [
+        ({"unigram_entropy_nats": 3.4, "unigram_entropy_se": 0.1}, ""),
+        ({"unigram_entropy_nats": 3.1, "unigram_entropy_se": 0.1}, "vfm (entropy 3.1 ± 0.2, too near 3.0)"),
+        ({"unigram_entropy_nats": 3.1}, ""),
+        ({"unigram_entropy_nats": 2.9, "unigram_entropy_se": 0.0}, "vfm (entropy 2.9)"),
+        ({"repetition_4": 0.3}, "vfm (30 % repeated 4-grams)"),
+    ],
+)
+def test_text_passes_only_beyond_the_error_of_its_entropy(figures: dict[str, float], told: str) -> None:
+    results = made_up(AR | {"vfm": LATENT["vfm"]})
+    last = results.cells[-1].eval
+    assert last is not None
+    last.frontier[0] |= figures
+    assert ("for speed" in line(results, "Answer")) == (not told)
+    assert told in line(results, "Text")
+
+
 def test_the_fastest_is_named_only_beyond_its_interval() -> None:
     apart = made_up(AR | {"a": Made(None, speed=100.0), "b": Made(None, speed=150.0)})
     assert "the one seed there is, b (150 tok/s" in line(apart, "Answer")

@@ -14,6 +14,7 @@ from dllm_core.evals.text_stats import (
     shuffle_ngrams,
     text_statistics,
     unigram_entropy,
+    unigram_entropy_se,
 )
 
 
@@ -22,6 +23,13 @@ def test_entropy_is_per_text() -> None:
     assert unigram_entropy([[1, 1, 2, 2]]) == pytest.approx(math.log(2))
     assert unigram_entropy([[7] * 9, [8] * 9]) == 0.0, "two dull texts are not diverse for being dull differently"
     assert unigram_entropy([[5, 5], [1, 2]]) == pytest.approx(math.log(2) / 2)
+
+
+def test_standard_error_of_the_entropy_is_over_texts() -> None:
+    texts = [[1, 1], [1, 2], [1, 2], [1, 1]]
+    spread = math.log(2) / math.sqrt(3)  # of 0, ln 2, ln 2, 0 about ln 2 / 2, with n - 1
+    assert unigram_entropy_se(texts) == pytest.approx(spread / 2)
+    assert math.isnan(unigram_entropy_se([[1, 2, 3]])), "one text has no spread"
 
 
 def test_distinct_pools_the_texts() -> None:

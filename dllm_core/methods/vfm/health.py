@@ -45,21 +45,20 @@ class _Look:
         hidden_BL = method.hidden_prompt(batch)
         return method.flow.sample(method.backbone, batch, self.cut, z_SLD, passes, method.shift, hidden_BL)
 
-    def nats(self, z_SLD: Tensor) -> float:
-        """Return the mean -log p of the true tokens in one pass from z."""
+    def nats(self, rows_MD: Tensor) -> float:
+        """Return the mean -log p of the true tokens."""
         from dllm_core.kernels.masked_ce import token_losses
 
-        rows_MD, backbone = self.outputs(z_SLD, 1), self.method.backbone
+        backbone = self.method.backbone
         even_M = torch.full((len(rows_MD),), 1.0 / max(1, len(rows_MD)), device=rows_MD.device)
         losses = token_losses(
             rows_MD, backbone.head_weight_VD, self.ids_SL[self.real_SL], ce_M=even_M, blocked_V=backbone.blocked_V
         )
         return float(losses.nll_M.double().mean())
 
-    def tokens(self, z_SLD: Tensor, passes: int) -> Tensor:
-        """Return the most probable tokens after so many passes, int64 [M]."""
+    def tokens(self, rows_MD: Tensor) -> Tensor:
+        """Return the most probable tokens, int64 [M]."""
         backbone = self.method.backbone
-        rows_MD = self.outputs(z_SLD, passes)
         return token_stats.stats(rows_MD, backbone.head_weight_VD, backbone.blocked_V, second=False).argmax_M
 
 
@@ -118,11 +117,12 @@ def health(method: Method, batch: Batch, resources: Resources, noise: NoiseSourc
     strange = swapped(own, look.cut)
     if strange is not None:
         sources["other_prompt"] = strange
-    first_M = look.tokens(own, 1)
-    agreement = {n: _agreement(first_M, look.tokens(z, 1)) for n, z in sources.items() if n != "adapter"}
+    once = {name: look.outputs(z_SLD, 1) for name, z_SLD in sources.items()}
+    first_M = look.tokens(once["adapter"])
+    agreement = {n: _agreement(first_M, look.tokens(rows_MD)) for n, rows_MD in once.items() if n != "adapter"}
     variance_D = mean_SLD[look.real_SL].double().var(0, correction=0)
     found: dict[str, Any] = {
-        "one_pass_nats": {name: look.nats(z_SLD) for name, z_SLD in sources.items()},
+        "one_pass_nats": {name: look.nats(rows_MD) for name, rows_MD in once.items()},
         "sample_agreement": agreement,
         "active_dimensions": float((variance_D > ACTIVE_VARIANCE).double().mean()),
     }
@@ -130,8 +130,9 @@ def health(method: Method, batch: Batch, resources: Resources, noise: NoiseSourc
         passes = {1: first_M}
         found["gate"] = float(method.gate)
     else:
-        agreement["other_draw"] = _agreement(first_M, look.tokens(look.posterior.sample(look.other_eps_SLD), 1))
-        passes = {k: look.tokens(own, k) for k in PASSES}
+        other_MD = look.outputs(look.posterior.sample(look.other_eps_SLD), 1)
+        agreement["other_draw"] = _agreement(first_M, look.tokens(other_MD))
+        passes = {k: first_M if k == 1 else look.tokens(look.outputs(own, k)) for k in PASSES}
         last_M = passes[PASSES[-1]]
         found["pass_agreement"] = {str(k): _agreement(tokens_M, last_M) for k, tokens_M in passes.items()}
         found["kl_nats_per_dim"] = float(look.posterior.kl_SL()[look.real_SL].double().mean())
