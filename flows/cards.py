@@ -9,7 +9,8 @@ from typing import Any
 from metaflow import current
 from metaflow.cards import Image, Markdown, VegaChart
 
-REFRESH_EVERY_S = 5.0
+REFRESH_EVERY_S = 20.0
+"""A refresh is a process of its own, which takes most of a second from the training of a small machine."""
 MAX_POINTS = 500
 
 
@@ -37,7 +38,7 @@ class LossCurve:
             del self._points[::2]
             self._every *= 2
         self._chart.update(_chart(row, self._points))
-        if time.monotonic() - self._last >= REFRESH_EVERY_S:  # a refresh is a process of its own
+        if time.monotonic() - self._last >= REFRESH_EVERY_S:
             self._last = time.monotonic()
             current.card.refresh()
 

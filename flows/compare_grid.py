@@ -73,7 +73,7 @@ class CompareGrid(FlowSpec):
         self.row_ids = self.run.training_order(self.shared.model.num_layers)
         self.next(self.train_and_evaluate, foreach="row_ids")
 
-    @card(type="blank", refresh_interval=5)
+    @card(type="blank", refresh_interval=20)
     @catch(var="crash", print_exception=False)
     @step
     def train_and_evaluate(self):
@@ -101,7 +101,7 @@ class CompareGrid(FlowSpec):
         """Fan out over the failed rows."""
         self.next(self.repair, foreach="failed")
 
-    @card(type="blank", refresh_interval=5)
+    @card(type="blank", refresh_interval=20)
     @step
     def repair(self):
         """Try a failed row again and raise its real error; `resume` comes back to exactly this task."""
