@@ -163,7 +163,7 @@ def training_memory(
     Args:
         shape: the model.
         sequences: sequences of a micro-batch.
-        length: tokens a sequence.
+        length: positions that a sequence takes in a pass (`RoomOptions.training_positions`).
         dtype: compute dtype.
         checkpointing: activations are recomputed block by block.
     """

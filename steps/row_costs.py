@@ -206,6 +206,6 @@ def row_memory(spec: GridSpec, row: PlannedRow, shape: ModelShape, machine: Mach
         size = DTYPE_BYTES[machine.dtype(spec.eval.dtype)]
         base = training_memory(shape, 0, spec.data.length, dtype="fp32", checkpointing=True)
         return MemoryEstimate(weights=size * shape.parameters, activations=0.0, rest=base.rest)
-    return training_memory(
-        shape, sequences, spec.data.length, dtype=dtype, checkpointing=row.train.activation_checkpointing
-    )
+    prompt = spec.data.length - response_tokens(spec)
+    positions = row.options.training_positions(prompt, response_tokens(spec))
+    return training_memory(shape, sequences, positions, dtype=dtype, checkpointing=row.train.activation_checkpointing)

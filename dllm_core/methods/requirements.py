@@ -167,6 +167,15 @@ class RoomOptions(BaseModel):
         """Return training FLOPs relative to one masked-CE pass over the same sequence (for estimates and budgets)."""
         return 1.0
 
+    def training_positions(self, prompt: int, response: int) -> int:
+        """Return the positions that a sequence takes in the largest pass of training: what is kept for its backward.
+
+        Args:
+            prompt: tokens before the response; 0 where documents are packed.
+            response: tokens of the response.
+        """
+        return prompt + response
+
     def network(self, base: BaseShape) -> NetworkCost | None:
         """Return sizes of the room's own networks on such a base; None where the base model itself is trained."""
         return None

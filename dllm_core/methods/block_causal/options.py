@@ -33,11 +33,13 @@ class Options(ReprAlignOptions):
             nelbo=True, unmasking=True, streaming=True, exact_cache=True, bound_block_size=self.block_size
         )
 
-    def cost_factor(self) -> float:
-        """Return the rows of the layout relative to one pass over the usual window; a live teacher adds its pass."""
-        prompt, response = USUAL_WINDOW
+    def training_positions(self, prompt: int, response: int) -> int:
+        """Return the columns of [clean | noisy]: neither the last block clean nor blocks without a response noisy."""
         length = prompt + response
         clean = (length - 1) // self.block_size * self.block_size
         noisy = length - prompt // self.block_size * self.block_size
-        views = 2 if self.complementary else 1
-        return (clean + views * noisy) / length + super().cost_factor() - 1.0
+        return clean + (2 if self.complementary else 1) * noisy
+
+    def cost_factor(self) -> float:
+        """Return the rows of the layout relative to one pass over the usual window; a live teacher adds its pass."""
+        return self.training_positions(*USUAL_WINDOW) / sum(USUAL_WINDOW) + super().cost_factor() - 1.0

@@ -52,6 +52,10 @@ class Options(ReprAlignOptions):
             prefix=PrefixNeed(cell=self.prefix_cell, share=self.prefix_share),
         )
 
+    def training_positions(self, prompt: int, response: int) -> int:
+        """Return twice the sequence: after the branch both of its views are forwarded in one pass."""
+        return 2 * (prompt + response)
+
     def cost_factor(self) -> float:
         """Two views of every sequence that is not random-masked, after the branch."""
         views = 2.0 - self.random_mask_fraction
