@@ -1,8 +1,9 @@
 """Preset + cells + command line -> GridSpec.
 
 A preset is a YAML file that may extend another one. Its `cells` is a mapping from cell name to overrides of that
-cell's file (`{}`: as it stands) or a plain list of names. Later layers win: extended preset, preset, `--model` /
-`--data` / `--seeds`, `--set`.
+cell's file (`{}`: as it stands) or a plain list of names. With `optional: true` among them they wait for `--cells` to
+name the cell, and make no row by themselves. Later layers win: extended preset, preset, `--model` / `--data` /
+`--seeds`, `--set`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from params.overrides import ALIASES, Loader, parse_overrides
 from params.schema import CellSpec, GridSpec
 
 ROOT = Path(__file__).parent
-_CELL_KEYS = ("options", "train", "description")
+_CELL_KEYS = ("options", "train", "description", "optional")
 _ABOUT_THE_SOURCE = {"model": ("scratch",), "data": ("split", "fields")}
 """Keys that describe one source and are dropped when another source is named."""
 
@@ -177,17 +178,34 @@ def _merge(draft: _Draft, layer: Mapping[str, Any], origin: str) -> None:
     _deep(draft, draft.tree, layer, origin, "")
     if isinstance(cells, Mapping):
         for name, tweak in cells.items():
-            if name not in draft.cells:
-                draft.cells.append(str(name))
-            for key in tweak or {}:
-                if key not in _CELL_KEYS:
-                    known = iter(f"cells.{name}.{k}" for k in _CELL_KEYS)
-                    raise unknown_key(f"cells.{name}.{key}", known, lambda _: f" (from {origin})")
-            _deep(draft, draft.tweaks.setdefault(str(name), {}), tweak or {}, origin, f"cells.{name}.")
+            _merge_cell(draft, str(name), tweak, origin)
     elif isinstance(cells, list):
         draft.cells = [str(name) for name in cells]
     elif cells is not None:
         raise ParamsError(f"cells = {show(cells)} is not valid (from {origin}).", "Allowed: a list of cell names.")
+
+
+def _merge_cell(draft: _Draft, name: str, tweak: Any, origin: str) -> None:
+    tweak = {} if tweak is None else tweak
+    if not isinstance(tweak, Mapping):
+        raise ParamsError(
+            f"cells.{name} = {show(tweak)} is not valid (from {origin}).", "Allowed: a mapping of its settings, or {}."
+        )
+    for key in tweak:
+        if key not in _CELL_KEYS:
+            known = iter(f"cells.{name}.{k}" for k in _CELL_KEYS)
+            raise unknown_key(f"cells.{name}.{key}", known, lambda _: f" (from {origin})")
+    tweak = dict(tweak)
+    optional = tweak.pop("optional", False)
+    if not isinstance(optional, bool):
+        raise ParamsError(
+            f"cells.{name}.optional = {show(optional)} is not valid (from {origin}).", "Allowed: true or false."
+        )
+    if optional and name in draft.cells:
+        draft.cells.remove(name)
+    elif not optional and name not in draft.cells:
+        draft.cells.append(name)
+    _deep(draft, draft.tweaks.setdefault(name, {}), tweak, origin, f"cells.{name}.")
 
 
 def _deep(draft: _Draft, into: dict[str, Any], layer: Mapping[str, Any], origin: str, prefix: str) -> None:

@@ -251,7 +251,14 @@ def test_cells_named_twice() -> None:
         (
             "cells: {ar: {option: 1}}",
             "Unknown key 'cells.ar.option' (from {}).",
-            "Did you mean 'cells.ar.options'? Known: cells.ar.description, cells.ar.options, cells.ar.train.",
+            "Did you mean 'cells.ar.options'? "
+            "Known: cells.ar.description, cells.ar.optional, cells.ar.options, cells.ar.train.",
+        ),
+        ("cells: {ar: 3}", "cells.ar = 3 is not valid (from {}).", "Allowed: a mapping of its settings, or {}."),
+        (
+            "cells: {ar: {optional: maybe}}",
+            "cells.ar.optional = maybe is not valid (from {}).",
+            "Allowed: true or false.",
         ),
         ("cells: 3", "cells = 3 is not valid (from {}).", "Allowed: a list of cell names."),
         ("cells: [random_msk]", "Unknown cell 'random_msk'.", f"Did you mean 'random_mask'? Known: {CELLS}."),

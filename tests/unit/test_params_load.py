@@ -186,6 +186,31 @@ def test_a_preset_may_list_or_map_its_cells(tmp_path: Path) -> None:
     assert [c.name for c in params.load(str(mapped)).cells] == ["random_mask", "repr_align_trajectory", "ar"]
 
 
+def test_what_a_preset_says_of_an_optional_cell_waits_until_it_is_named(tmp_path: Path) -> None:
+    base = tmp_path / "base.yaml"
+    base.write_text(
+        "extends: test\ncells: {ldlm: {optional: true}, block_causal: {optional: true, options: {block_size: 5}}}\n"
+    )
+    without = [name for name in ROWS if name != "ldlm"]
+    assert [c.name for c in params.load(str(base)).cells] == without
+    named = params.load(str(base), cells="block_causal,ldlm").cells
+    assert [c.name for c in named] == ["block_causal", "ldlm"]
+    assert named[0].options["block_size"] == 5
+    assert named[1] == params.load("test").cell("ldlm"), "its own settings stay"
+    row = tmp_path / "row.yaml"
+    row.write_text(f"extends: {base}\ncells: {{block_causal: }}\n")
+    made = params.load(str(row))
+    assert [c.name for c in made.cells] == [*without, "block_causal"]
+    assert made.cell("block_causal").options["block_size"] == 5
+
+
+def test_the_test_preset_gives_block_causal_several_blocks() -> None:
+    spec = params.load("test", cells="block_causal")
+    size = spec.cell("block_causal").options["block_size"]
+    assert (spec.data.length - spec.data.prompt_tokens // size * size) // size == 2
+    assert spec.bench.new_tokens // size == 2
+
+
 def test_a_cell_may_be_a_file(tmp_path: Path) -> None:
     cell = tmp_path / "toy.yaml"
     cell.write_text("method: random_mask\noptions: {path_weight: 0}\n")
