@@ -53,7 +53,7 @@ SHAPES: dict[str, AdapterShape] = {
     "laptop": AdapterShape(),
     "qwen3_1_7b": AdapterShape(head_width=128),
 }
-"""`base`, `laptop` and `qwen3_1_7b` are as wide as the base model: 7 % of SmolLM2-135M, 109 M beside Qwen3-1.7B."""
+"""`base`, `laptop` and `qwen3_1_7b` are as wide as the base model: 7 % of SmolLM2-135M, 113 M beside Qwen3-1.7B."""
 
 
 def adapter_parameters(shape: AdapterShape, hidden: int, *, spread: bool = True) -> int:
