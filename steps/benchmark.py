@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dllm_core.methods.registry import room_options
+from steps.benchmark_rounds import groups_of, rounds_by_group
 from steps.evaluate_cell import LIBRARIES, load_row, weights_dir, weights_identity
 from steps.machine import Machine, probe
 
@@ -26,11 +27,6 @@ if TYPE_CHECKING:
     from steps.train_cell import TrainedCell
 
 SEED = 0
-AR = "ar"
-"""Group of rows that write token by token, for which a number of steps means nothing."""
-LEAST_ROUNDS = 2
-LEAST_ROUNDS_OF_LONG = 4
-"""Long decodes get fewer rounds than `bench.rounds`, but no fewer than these."""
 ROOM_TO_WORK_BYTES = 1.5e9
 
 
@@ -158,23 +154,6 @@ def _hardware(machine: Machine) -> dict[str, Any]:
     return {"device": machine.device, "name": machine.name, "cores": machine.cores, "processor": processor}
 
 
-def _group(bench: BenchSpec, steps: int | None, batch_size: int) -> str:
-    """Return the name of a group: the steps, and the batch size where it is not the first."""
-    name = AR if steps is None else str(steps)
-    return name if batch_size == bench.batch_sizes[0] else f"{name} x{batch_size}"
-
-
-def _work(bench: BenchSpec) -> dict[str, float]:
-    """Return the groups and their work in forwards of a prompt, lightest first."""
-    work = {}
-    for batch_size in bench.batch_sizes:
-        for steps in sorted(bench.steps):
-            work[_group(bench, steps, batch_size)] = float(steps * batch_size)
-        # with a cache, a forward of one token costs about a quarter of one over the whole canvas
-        work[_group(bench, None, batch_size)] = bench.new_tokens * batch_size / 4
-    return work
-
-
 def _decodes(entrant: _Entrant, bench: BenchSpec, num_tokens: int, device: str) -> dict[str, Decode]:
     """Return what to time of a loaded row, by group. All rows decode the same prompts in a round."""
     import torch
@@ -200,11 +179,9 @@ def _decodes(entrant: _Entrant, bench: BenchSpec, num_tokens: int, device: str) 
 
         return decode
 
-    steps_of: list[int | None] = [None] if entrant.capabilities.causal else sorted(bench.steps)
     return {
-        _group(bench, steps, size): decode_with(steps or bench.new_tokens, size)
-        for size in bench.batch_sizes
-        for steps in steps_of
+        group: decode_with(steps or bench.new_tokens, size)
+        for group, steps, size in groups_of(bench, causal=entrant.capabilities.causal)
     }
 
 
@@ -213,12 +190,12 @@ def _measure(
 ) -> dict[str, Any]:
     import torch
 
-    from dllm_core.evals.throughput import in_laps, interleave, rounds_for
+    from dllm_core.evals.throughput import in_laps, interleave
 
     if spec.runtime.threads is not None:
         torch.set_num_threads(spec.runtime.threads)
     bench = spec.bench
-    work = _work(bench)
+    rounds = rounds_by_group(bench)
     progress = ctx.progress("benchmark", unit="round")
     together = _fits(spec, entrants, machine)
 
@@ -230,11 +207,10 @@ def _measure(
         if machine.device == "cuda":
             torch.cuda.empty_cache()
 
-    rounds = rounds_for(work, max(LEAST_ROUNDS, bench.rounds), least=LEAST_ROUNDS_OF_LONG)
     if together:
         for entrant in entrants:
             _load(entrant, bench, model, dtype, machine.device)
-        groups: dict[str, dict[str, Decode]] = {g: {} for g in work}
+        groups: dict[str, dict[str, Decode]] = {g: {} for g in rounds}
         for entrant in entrants:
             for group, decode in _decodes(entrant, bench, model.num_tokens, machine.device).items():
                 groups[group][entrant.row.row_id] = decode

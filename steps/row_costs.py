@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dllm_core.methods.requirements import BaseShape, NetworkCost
 from dllm_core.training.budget import steps_from_flops
 from params.schema import GridSpec
+from steps.benchmark_rounds import decodes_by_group
 from steps.estimates import (
     DTYPE_BYTES,
     MemoryEstimate,
@@ -158,30 +159,25 @@ def _evaluate_seconds(spec: GridSpec, row: PlannedRow, shape: ModelShape, machin
 
 
 def _benchmark_seconds(spec: GridSpec, row: PlannedRow, shape: ModelShape, machine: Machine) -> float:
+    """Time of all decodes of a row; of several seeds of a cell only the first is timed."""
     bench = spec.bench
     dtype = machine.dtype(row.train.dtype)
     network = own_network(spec, row, shape)
-    total = 0.0
-    for batch in bench.batch_sizes:
+
+    def seconds(steps: int | None, batch: int) -> float:
+        if steps is None:
+            return ar_seconds(shape, machine, new=bench.new_tokens, batch=batch, dtype=dtype)
         if network is not None:
-            tokens = batch * bench.new_tokens
-            total += sum(_latent_seconds(network, machine, tokens=tokens, steps=n, dtype=dtype) for n in bench.steps)
-        elif row.capabilities.unmasking:
-            total += sum(
-                decode_seconds(
-                    shape,
-                    machine,
-                    length=bench.prompt_tokens + bench.new_tokens,
-                    new=bench.new_tokens,
-                    steps=steps,
-                    batch=batch,
-                    dtype=dtype,
-                )
-                for steps in bench.steps
-            )
-        elif row.capabilities.causal:
-            total += ar_seconds(shape, machine, new=bench.new_tokens, batch=batch, dtype=dtype)
-    return total * (bench.rounds + bench.warmup_rounds)
+            return _latent_seconds(network, machine, tokens=batch * bench.new_tokens, steps=steps, dtype=dtype)
+        length = bench.prompt_tokens + bench.new_tokens
+        return decode_seconds(
+            shape, machine, length=length, new=bench.new_tokens, steps=steps, batch=batch, dtype=dtype
+        )
+
+    if row.seed != spec.seeds[0]:
+        return 0.0
+    decodes = decodes_by_group(bench, causal=row.capabilities.causal)
+    return sum(count * seconds(steps, batch) for (steps, batch), count in decodes.items())
 
 
 def _latent_seconds(network: NetworkCost, machine: Machine, *, tokens: float, steps: int, dtype: str) -> float:

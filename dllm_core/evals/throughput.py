@@ -6,7 +6,6 @@ drift nor the neighbour before favours anyone. Rows are compared within rounds, 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from dllm_core.evals.intervals import Interval, positive_median_interval, ratio_interval, verdict
+from dllm_core.evals.rounds import rounds_for as rounds_for  # benchmarks take it from here
 from dllm_core.methods.protocol import GenerationOutput
 
 Decode = Callable[[int], GenerationOutput]
@@ -149,16 +149,6 @@ def in_laps(
             if on_turn:
                 on_turn(lap * len(rows) + turn + 1, laps * len(rows))
     return timings
-
-
-def rounds_for(work: Mapping[str, float], rounds: int, least: int = 6) -> dict[str, int]:
-    """Share out rounds: `rounds` for the group with the least work, fewer for longer ones, at least `least` of them.
-
-    A long decode averages more of the noise, so equal time gives about equal precision; under `least` = 6 rounds
-    there is no distribution-free interval. `rounds` below that hold for all groups.
-    """
-    lightest = min(work.values())
-    return {g: min(rounds, max(least, math.ceil(rounds * lightest / w))) for g, w in work.items()}
 
 
 def summary(timings: Sequence[Timing]) -> dict[str, Any]:

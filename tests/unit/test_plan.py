@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 
 import params
 from params import GridSpec
+from steps.benchmark_rounds import groups_of, rounds_by_group
+from steps.estimates import ar_seconds, decode_seconds
 from steps.plan import render, validate
 from steps.plan_text import settings_yaml
 from steps.row_costs import base_shape, own_network
@@ -256,6 +259,54 @@ def test_decoding_costs_what_a_room_says_of_a_step_and_otherwise_a_third_of_trai
     assert network.flops_per_denoised_token is None
     per_decode = TWO_CORES.seconds(8 * 128 * network.flops_per_response_token / 3.0, 8, "bf16")
     assert made.cost.rows["ldlm"].benchmark_s == pytest.approx(4 * per_decode)
+
+
+@pytest.mark.parametrize(
+    "settings", ["bench.steps=[8,32],bench.rounds=16", "bench.steps=[4,64],bench.rounds=9,bench.batch_sizes=[1,4]"]
+)
+@pytest.mark.parametrize("warmup", [0, 1, 2])
+def test_the_benchmark_is_charged_for_the_decodes_that_it_makes(settings: str, warmup: int) -> None:
+    """Counted in the benchmark's own loop: longer decodes get fewer rounds, and only the first seed is timed."""
+    from dllm_core.evals.throughput import interleave
+    from dllm_core.methods.protocol import GenerationOutput
+
+    made = plan(
+        "laptop",
+        cells="random_mask,ar",
+        seeds="0,1",
+        overrides=f"{settings},bench.warmup_rounds={warmup}",
+        dry_run=True,
+    )
+    bench, shape = made.spec.bench, made.model.shape
+    seconds = {"random_mask": 0.0, "ar": 0.0}
+
+    def decode(row: str, steps: int | None, batch: int) -> Callable[[int], GenerationOutput]:
+        def run(index: int) -> GenerationOutput:
+            common = {"new": bench.new_tokens, "batch": batch, "dtype": "bf16"}
+            if steps is None:
+                seconds[row] += ar_seconds(shape, TWO_CORES, **common)
+            else:
+                seconds[row] += decode_seconds(shape, TWO_CORES, length=160, steps=steps, **common)
+            return GenerationOutput([], [bench.new_tokens], 1, 0.0)
+
+        return run
+
+    rounds = rounds_by_group(bench)
+    groups: dict[str, dict[str, Callable[[int], GenerationOutput]]] = {group: {} for group in rounds}
+    for row in seconds:
+        turns = {group: decode(row, *of) for group, *of in groups_of(bench, causal=row == "ar")}
+        next(iter(turns.values()))(-1)  # on which memory is measured
+        for group, run in turns.items():
+            groups[group][row] = run
+    interleave(groups, rounds=rounds, warmup_rounds=max(0, warmup - 1))
+    for row, expected in seconds.items():
+        assert made.cost.rows[f"{row}-seed0"].benchmark_s == pytest.approx(expected)
+        assert made.cost.rows[f"{row}-seed1"].benchmark_s == 0.0
+    if warmup == 1 and len(bench.batch_sizes) == 1:
+        eight, long = (
+            decode_seconds(shape, TWO_CORES, length=160, new=128, steps=n, batch=1, dtype="bf16") for n in (8, 32)
+        )
+        assert seconds["random_mask"] == pytest.approx(17 * eight + 4 * long)
 
 
 @pytest.mark.parametrize("preset", [name for name in params.preset_names() if name != "ldlm_hour"])

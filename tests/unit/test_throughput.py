@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dllm_core.evals.intervals import Interval, centre_interval, median_interval
+from dllm_core.evals.rounds import rounds_for
 from dllm_core.evals.throughput import (
     Timing,
     compare,
@@ -19,7 +20,6 @@ from dllm_core.evals.throughput import (
     interleave,
     order_of,
     paired_ratio,
-    rounds_for,
     summary,
     takes_part,
     verdict,
