@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -56,27 +58,34 @@ def assert_same(found: GenerationOutput, expected: GenerationOutput) -> None:
     assert found.num_forwards == expected.num_forwards
 
 
+@dataclass
 class Passes:
-    """Notes the size of every pass of a backbone, until `stop`.
+    """Sizes of the passes of a backbone.
 
     Attributes:
         rows: of each pass.
         tokens: columns of each pass.
     """
 
-    def __init__(self, backbone: Backbone) -> None:
-        self.rows: list[int] = []
-        self.tokens: list[int] = []
-        self._handle = backbone.layers[0].register_forward_pre_hook(self._note, with_kwargs=True)
+    rows: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
 
-    def _note(self, _: torch.nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+
+@contextmanager
+def watch_passes(backbone: Backbone) -> Iterator[Passes]:
+    """Note the size of every pass inside the block."""
+    passes = Passes()
+
+    def note(_: torch.nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         rows, tokens, _ = (args[0] if args else kwargs["hidden_states"]).shape
-        self.rows.append(rows)
-        self.tokens.append(tokens)
+        passes.rows.append(rows)
+        passes.tokens.append(tokens)
 
-    def stop(self) -> None:
-        """Look no longer."""
-        self._handle.remove()
+    handle = backbone.layers[0].register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield passes
+    finally:
+        handle.remove()
 
 
 class Recorder:

@@ -15,31 +15,15 @@ from dllm_core.methods.block_causal.method import Method
 from dllm_core.methods.protocol import SamplingRequest
 from dllm_core.methods.random_mask.method import Method as RandomMask
 from dllm_core.methods.random_mask.options import Options as RandomMaskOptions
-from dllm_core.samplers.config import SAMPLERS, DiffusionGenerationConfig
+from dllm_core.samplers.config import SAMPLERS
 from tests.block_causal_tools import block_causal, block_log_probs
+from tests.generation_tools import assert_same, easy, prompts, settings_of, watch_passes
 from tests.tiny import NUM_TOKENS, tiny_backbone
 
 SIZE, NEW = 4, 11
 
 
-def prompts(*lengths: int, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(1, NUM_TOKENS, (n,), generator=generator) for n in lengths]
-
-
-def settings(**options: Any) -> DiffusionGenerationConfig:
-    given = {"max_new_tokens": NEW, "max_denoising_steps": 7, "stop_at_eos": False, "record_history": True}
-    return DiffusionGenerationConfig(**{**given, **options})
-
-
-def sampler(rule: str) -> Any:
-    return {"name": rule, "threshold": 0.2} if rule == "threshold" else rule
-
-
-def same(found: Any, expected: Any) -> None:
-    assert all(torch.equal(a, b) for a, b in zip(found.sequences, expected.sequences, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(found.commit_step, expected.commit_step, strict=True))
-    assert found.num_forwards == expected.num_forwards
+settings = settings_of(max_new_tokens=NEW, max_denoising_steps=7)
 
 
 @torch.no_grad()
@@ -115,14 +99,14 @@ def test_cached_equals_uncached_token_for_token(family: str, rule: str) -> None:
         config = {
             "max_new_tokens": new,
             "max_denoising_steps": chooser.randint(new, 20),
-            "sampler_config": sampler(rule),
+            "sampler_config": easy(rule),
             "temperature": chooser.choice([0.0, 1.0]),
             "block_size": chooser.choice([None, 2, 64]),
             "stop_at_eos": chooser.random() < 0.5,
             "eos_token_id": [3, 4, 5, 6, 7, 8],
         }
         cached = method.generate(rows, settings(cache="exact", **config))
-        same(cached, method.generate(rows, settings(**config)))
+        assert_same(cached, method.generate(rows, settings(**config)))
         assert max(int(s.max()) for s in cached.sequences) < NUM_TOKENS
         for row, prompt in enumerate(rows):
             alone = method.generate([prompt], settings(cache="exact", **config), sample_ids=[row])
@@ -165,16 +149,11 @@ def test_infilling_sees_its_block_and_nothing_behind_it() -> None:
 def test_sampling_keeps_the_cache_and_gives_every_block_a_pass() -> None:
     method = block_causal(tiny_backbone())
     rows = prompts(6, 9)
-    widths: list[int] = []
-    handle = method.backbone.layers[0].register_forward_pre_hook(
-        lambda _, args, kwargs: widths.append((args[0] if args else kwargs["hidden_states"]).shape[1]),
-        with_kwargs=True,
-    )
-    out = method.sample(rows, SamplingRequest(max_new_tokens=NEW, num_steps=2))
-    handle.remove()
+    with watch_passes(method.backbone) as passes:
+        out = method.sample(rows, SamplingRequest(max_new_tokens=NEW, num_steps=2))
     assert out.new_tokens == [NEW, NEW]
     assert out.num_forwards == 4  # places 6..16 and 9..19 stand in four and in three blocks
-    assert max(widths[1:]) <= 2 * SIZE
+    assert max(passes.tokens[1:]) <= 2 * SIZE
     config = settings(max_denoising_steps=4)
     for row, (prompt, sequence) in enumerate(zip(rows, out.sequences, strict=True)):
         assert torch.equal(sequence, method.generate([prompt], config, sample_ids=[row]).sequences[0])

@@ -12,22 +12,12 @@ from torch import Tensor
 from dllm_core.backbone.backbone import Backbone
 from dllm_core.errors import DllmError
 from dllm_core.methods.protocol import GenerationOutput
-from dllm_core.samplers.config import ADAPTIVE_SAMPLERS, SAMPLERS, DiffusionGenerationConfig
+from dllm_core.samplers.config import ADAPTIVE_SAMPLERS, SAMPLERS
 from dllm_core.samplers.loop import generate
+from tests.generation_tools import Recorder, easy, prompts, settings_of
 from tests.tiny import NUM_TOKENS, byte_tokenizer, tiny_backbone
 
-EASY = {"threshold": {"threshold": 0.15}, "factor": {"factor": 2.4}, "entropy_bound": {"entropy_bound": 4.0}}
-
-
-def prompts(*lengths: int, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(1, NUM_TOKENS, (n,), generator=generator) for n in lengths]
-
-
-def settings(**options: Any) -> DiffusionGenerationConfig:
-    return DiffusionGenerationConfig(
-        **{"max_new_tokens": 12, "max_denoising_steps": 5, "stop_at_eos": False, "record_history": True, **options}
-    )
+settings = settings_of(max_new_tokens=12, max_denoising_steps=5)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +40,7 @@ def test_every_setting_ends_in_the_promised_forwards_with_nothing_left(backbone:
             max_denoising_steps=steps,
             block_size=size,
             temperature=temperature,
-            sampler_config={"name": rule, **EASY.get(rule, {})},
+            sampler_config=easy(rule),
         )
         out = generate(backbone, prompts(3, 5), config)
         if rule in ADAPTIVE_SAMPLERS:
@@ -240,28 +230,6 @@ def test_the_models_own_eos_is_used(backbone: Backbone) -> None:
 
 
 # -- streaming ----------------------------------------------------------------------------------------------------
-
-
-class Recorder:
-    """A streamer that remembers; `live` is what its screen shows."""
-
-    def __init__(self) -> None:
-        self.final: list[int] = []
-        self.drafts: list[list[int]] = []
-        self.puts = 0
-        self.ended = False
-
-    def put(self, value: Tensor) -> None:
-        assert not self.ended
-        self.puts += 1
-        self.final += value.flatten().tolist()
-
-    def put_draft(self, value: Tensor) -> None:
-        assert value.shape[0] == 1
-        self.drafts.append(value[0].tolist())
-
-    def end(self) -> None:
-        self.ended = True
 
 
 @pytest.mark.parametrize("rule", SAMPLERS)

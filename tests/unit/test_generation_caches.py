@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dllm_core.backbone.backbone import Backbone
 from dllm_core.errors import DllmError
-from dllm_core.samplers.config import SAMPLERS, CacheConfig, DiffusionGenerationConfig
+from dllm_core.samplers.config import SAMPLERS, CacheConfig
 from dllm_core.samplers.loop import generate
+from tests.generation_tools import assert_same, easy, prompts, settings_of, watch_passes
 from tests.tiny import NUM_TOKENS, tiny_backbone
 from tests.unit import sampler_oracle
 
@@ -27,36 +27,7 @@ CACHES = [
 NAMES = [" ".join(map(str, c.values())) for c in CACHES]
 
 
-def prompts(*lengths: int, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(1, NUM_TOKENS, (n,), generator=generator) for n in lengths]
-
-
-def settings(**options: Any) -> DiffusionGenerationConfig:
-    return DiffusionGenerationConfig(
-        **{"max_new_tokens": 13, "max_denoising_steps": 8, "stop_at_eos": False, "record_history": True, **options}
-    )
-
-
-def sampler(rule: str) -> Any:
-    easy = {"threshold": {"threshold": 0.2}, "factor": {"factor": 2.4}, "entropy_bound": {"entropy_bound": 4.0}}
-    return {"name": rule, **easy.get(rule, {})}
-
-
-def same(found: Any, expected: Any) -> None:
-    assert all(torch.equal(a, b) for a, b in zip(found.sequences, expected.sequences, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(found.commit_step, expected.commit_step, strict=True))
-
-
-class Passes:
-    """Counts, of every pass, the tokens run."""
-
-    def __init__(self, backbone: Backbone) -> None:
-        self.tokens: list[int] = []
-        self.handle = backbone.layers[0].register_forward_pre_hook(
-            lambda _, args, kwargs: self.tokens.append((args[0] if args else kwargs["hidden_states"]).shape[1]),
-            with_kwargs=True,
-        )
+settings = settings_of(max_new_tokens=13, max_denoising_steps=8)
 
 
 # -- approximate ----------------------------------------------------------------------------------------------------
@@ -86,7 +57,7 @@ def test_rows_that_are_at_different_passes_of_their_blocks(rule: str, cache: dic
     rows, masks = prompts(20, 15, 17), []
     for row, share in zip(rows, (2, 3, 4), strict=True):
         masks.append(torch.arange(len(row)) % share == 1)
-    config = settings(cache=cache, block_size=3, sampler_config=sampler(rule))
+    config = settings(cache=cache, block_size=3, sampler_config=easy(rule))
     together = generate(backbone, rows, config, infill_mask=masks)
     for row in range(3):
         alone = generate(backbone, [rows[row]], config, infill_mask=[masks[row]], sample_ids=[row])
@@ -99,10 +70,10 @@ def test_rows_that_are_at_different_passes_of_their_blocks(rule: str, cache: dic
 @pytest.mark.parametrize("rule", SAMPLERS)
 def test_refreshing_at_every_pass_is_no_cache(family: str, rule: str, kind: str) -> None:
     backbone = tiny_backbone(family)
-    options = {"block_size": 4, "sampler_config": sampler(rule), "temperature": 1.0}
+    options = {"block_size": 4, "sampler_config": easy(rule), "temperature": 1.0}
     cache = {"kind": kind, "refresh_every": 1}
     found = generate(backbone, prompts(9, 3), settings(cache=cache, measure_drift=True, **options))
-    same(found, generate(backbone, prompts(9, 3), settings(**options)))
+    assert_same(found, generate(backbone, prompts(9, 3), settings(**options)))
     assert found.drift is not None
     assert found.drift.max_logit_difference < 1e-4
     assert found.drift.changed_tokens == 0
@@ -137,9 +108,8 @@ def test_cached_passes_run_what_they_promise() -> None:
     rows = prompts(6, 6)
     lengths = {}
     for kind in ("none", "prefix", "dual", "delayed"):
-        passes = Passes(backbone)
-        generate(backbone, rows, settings(cache=kind, block_size=5, max_new_tokens=15, max_denoising_steps=9))
-        passes.handle.remove()
+        with watch_passes(backbone) as passes:
+            generate(backbone, rows, settings(cache=kind, block_size=5, max_new_tokens=15, max_denoising_steps=9))
         lengths[kind] = passes.tokens
     # 21 positions, blocks at 6, 11 and 16; the state before a block is run with it
     assert lengths["none"] == [21] * 9
@@ -156,11 +126,11 @@ def test_cached_passes_run_what_they_promise() -> None:
 def test_exact_cache_equals_no_cache(family: str, rule: str, alignment: str) -> None:
     """Prompts end inside blocks, at their borders and before the first; rows differ in length."""
     backbone = tiny_backbone(family, alignment=alignment, model_block=5)
-    options = {"sampler_config": sampler(rule), "max_new_tokens": 17, "temperature": 1.0 if rule == "random" else 0.0}
+    options = {"sampler_config": easy(rule), "max_new_tokens": 17, "temperature": 1.0 if rule == "random" else 0.0}
     for rows in (prompts(7, 7), prompts(10, 3, 5), prompts(1), prompts(4, 11)):
         plain = generate(backbone, rows, settings(**options))
         cached = generate(backbone, rows, settings(cache="exact", **options))
-        same(cached, plain)
+        assert_same(cached, plain)
         assert cached.num_forwards == plain.num_forwards
     ids = torch.cat((rows[1], rows[1].new_zeros(17)))
     tokens, _, _ = sampler_oracle.decode(backbone, ids, torch.arange(28) < 11, settings(**options), 1)
@@ -195,8 +165,8 @@ def test_exact_logits_are_those_without_cache(family: str) -> None:
 
 def test_exact_cache_runs_one_block_per_pass() -> None:
     backbone = tiny_backbone(model_block=4)
-    passes = Passes(backbone)
-    generate(backbone, prompts(9), settings(cache="exact", max_new_tokens=13, max_denoising_steps=8))
+    with watch_passes(backbone) as passes:
+        generate(backbone, prompts(9), settings(cache="exact", max_new_tokens=13, max_denoising_steps=8))
     # 9 given, then 3 + 4 + 4 + 2 in 2, 3, 2 and 1 passes; a block is run once more beside the first pass of the next
     assert passes.tokens == [12, 4, 8, 4, 4, 8, 4, 6]
 
@@ -220,7 +190,7 @@ def test_infilling_with_an_exact_cache() -> None:
     masks[0][[2, 3, 4, 8, 15, 16, 20]] = True
     masks[1][[1, 13]] = True
     plain, cached = (generate(backbone, rows, settings(cache=c), infill_mask=masks) for c in ("none", "exact"))
-    same(cached, plain)
+    assert_same(cached, plain)
 
 
 def test_blocks_of_the_model_are_never_crossed_but_may_be_cut() -> None:
@@ -245,9 +215,8 @@ def test_a_cell_samples_with_the_exact_cache_where_there_is_one() -> None:
     request = SamplingRequest(max_new_tokens=8, num_steps=4, temperature=0.0, seed=0)
     for model_block, lengths in ((4, [8, 4, 8, 4]), (None, [12] * 4)):
         backbone = tiny_backbone(model_block=model_block)
-        passes = Passes(backbone)
-        Method(backbone, Options()).sample(prompts(4), request)
-        passes.handle.remove()
+        with watch_passes(backbone) as passes:
+            Method(backbone, Options()).sample(prompts(4), request)
         assert passes.tokens == lengths
 
 
@@ -271,7 +240,7 @@ def test_fuzzed_caches_batches_and_blocks() -> None:
             "max_new_tokens": tokens,
             "max_denoising_steps": chooser.randint(tokens, 24),
             "block_size": chooser.choice([None, *range(1, tokens + 1)]),
-            "sampler_config": sampler(chooser.choice(list(SAMPLERS))),
+            "sampler_config": easy(chooser.choice(list(SAMPLERS))),
             "temperature": chooser.choice([0.0, 1.0]),
             "stop_at_eos": chooser.choice([True, False]),
             "eos_token_id": chooser.sample(range(NUM_TOKENS), 4),
@@ -286,7 +255,7 @@ def test_fuzzed_caches_batches_and_blocks() -> None:
             assert torch.equal(out.sequences[row], alone.sequences[0]), (trial, options, cache)
             assert int(out.sequences[row].max()) < NUM_TOKENS
         if exact:
-            same(out, generate(backbone, rows, settings(**options)))
+            assert_same(out, generate(backbone, rows, settings(**options)))
 
 
 @pytest.mark.parametrize(

@@ -7,25 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from dllm_core.samplers.config import ADAPTIVE_SAMPLERS, DiffusionGenerationConfig
 from dllm_core.samplers.loop import generate
+from tests.generation_tools import Recorder, easy, prompts, settings_of
 from tests.tiny import NUM_TOKENS, tiny_backbone
 from tests.unit import sampler_oracle
-from tests.unit.test_samplers_reference import EASY
 
-
-def prompts(*lengths: int, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(1, NUM_TOKENS, (n,), generator=generator) for n in lengths]
+any_rule = settings_of(max_new_tokens=23, max_denoising_steps=23, block_size=5)
 
 
 def settings(rule: str, **options: Any) -> DiffusionGenerationConfig:
-    common = {"max_new_tokens": 23, "max_denoising_steps": 23, "block_size": 5, "stop_at_eos": False}
-    return DiffusionGenerationConfig(
-        sampler_config={"name": rule, **EASY[rule]}, record_history=True, **{**common, **options}
-    )
+    return any_rule(sampler_config=easy(rule), **options)
 
 
 @pytest.mark.parametrize("rule", sorted(ADAPTIVE_SAMPLERS))
@@ -77,8 +70,6 @@ def test_pipeline_equals_the_float64_description(rule: str, eos: bool) -> None:
 @pytest.mark.parametrize("rule", sorted(ADAPTIVE_SAMPLERS))
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual", "delayed", "exact"])
 def test_batches_streams_and_caches(rule: str, cache: str) -> None:
-    from tests.unit.test_generation import Recorder
-
     backbone = tiny_backbone(model_block=5 if cache == "exact" else None)
     rows = prompts(9, 2, 14)
     config = settings(rule, cache=cache, multi_block={"block_add_threshold": 0.3, "decoded_token_threshold": 0.5})

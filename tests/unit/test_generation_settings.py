@@ -11,32 +11,19 @@ import torch
 from torch import Tensor
 
 from dllm_core.backbone.backbone import Backbone
-from dllm_core.methods.protocol import GenerationOutput
 from dllm_core.samplers import denoisers
-from dllm_core.samplers.config import SAMPLERS, DiffusionGenerationConfig
+from dllm_core.samplers.config import SAMPLERS
 from dllm_core.samplers.loop import generate
 from dllm_core.samplers.verify import VerificationError
+from tests.generation_tools import prompts, same_tokens, settings_of, watch_passes
 from tests.tiny import NUM_TOKENS, tiny_backbone
 
-
-def prompts(*lengths: int, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(1, NUM_TOKENS, (n,), generator=generator) for n in lengths]
-
-
-def settings(**options: Any) -> DiffusionGenerationConfig:
-    return DiffusionGenerationConfig(
-        **{"max_new_tokens": 12, "max_denoising_steps": 12, "stop_at_eos": False, "record_history": True, **options}
-    )
+settings = settings_of(max_new_tokens=12, max_denoising_steps=12)
 
 
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
     return tiny_backbone()
-
-
-def same(found: GenerationOutput, expected: GenerationOutput) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(found.sequences, expected.sequences, strict=True))
 
 
 # -- guidance -------------------------------------------------------------------------------------------------------
@@ -51,20 +38,14 @@ def test_guidance_of_zero_reads_no_prompt_and_of_one_reads_nothing_else(backbone
     for found, other, row in zip(free.sequences, expected.sequences, rows, strict=True):
         assert torch.equal(found[len(row) :], other[len(row) :])
         assert torch.equal(found[: len(row)], row)
-    assert same(generate(backbone, rows, settings(guidance_scale=1.0)), generate(backbone, rows, settings()))
-    assert not same(free, generate(backbone, rows, settings()))
+    assert same_tokens(generate(backbone, rows, settings(guidance_scale=1.0)), generate(backbone, rows, settings()))
+    assert not same_tokens(free, generate(backbone, rows, settings()))
 
 
 def test_guidance_is_one_batched_pass(backbone: Backbone) -> None:
-    sizes = []
-    handle = backbone.layers[0].register_forward_pre_hook(
-        lambda _, args, kwargs: sizes.append((args[0] if args else kwargs["hidden_states"]).shape[0]), with_kwargs=True
-    )
-    try:
+    with watch_passes(backbone) as passes:
         out = generate(backbone, prompts(5, 8), settings(guidance_scale=2))
-    finally:
-        handle.remove()
-    assert sizes == [4] * 12
+    assert passes.rows == [4] * 12
     assert out.num_forwards == 12
 
 
@@ -80,7 +61,7 @@ def test_temperature_falls_over_the_passes_of_each_block() -> None:
 def test_a_hardly_falling_temperature_is_a_constant_one(backbone: Backbone) -> None:
     rows = prompts(5, 8)
     falling = generate(backbone, rows, settings(t_max=1.5, t_min=1.5 - 1e-9, block_size=5))
-    assert same(falling, generate(backbone, rows, settings(temperature=1.5, block_size=5)))
+    assert same_tokens(falling, generate(backbone, rows, settings(temperature=1.5, block_size=5)))
 
 
 # -- stability ------------------------------------------------------------------------------------------------------
@@ -99,7 +80,7 @@ def test_stability_saves_passes_and_changes_no_draft() -> None:
     assert not torch.equal(before, last[0])
     unsure = generate(backbone, [prompt], replace(config, confidence_threshold=1e-6))
     assert unsure.num_forwards == 12
-    assert same(unsure, generate(backbone, [prompt], settings()))
+    assert same_tokens(unsure, generate(backbone, [prompt], settings()))
 
 
 @pytest.mark.parametrize("rule", SAMPLERS)
@@ -161,7 +142,7 @@ def test_verified_decodes_of_every_kind_pass() -> None:
         )
         rows = prompts(*(chooser.randint(1, 9) for _ in range(chooser.randint(1, 3))), seed=trial)
         out = generate(model, rows, replace(config, verify=True))
-        assert same(out, generate(model, rows, config))
+        assert same_tokens(out, generate(model, rows, config))
         assert out.history is None
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dllm_core.samplers.config import SAMPLERS, DiffusionGenerationConfig
 from dllm_core.samplers.loop import generate
-from tests.tiny import NUM_TOKENS, tiny_backbone
+from tests.generation_tools import easy, prompts
+from tests.tiny import tiny_backbone
 from tests.unit import sampler_oracle
 
 SETTINGS = {
@@ -30,23 +31,17 @@ SETTINGS = {
 }
 
 
-EASY = {"threshold": {"threshold": 0.2}, "factor": {"factor": 2.4}, "entropy_bound": {"entropy_bound": 4.0}}
-EASY["entropy_threshold"] = {"entropy_threshold": 1.8}
-"""Settings at which tiny random models, which are never sure, get several tokens through at once."""
-
-
-def prompts(*lengths: int, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(1, NUM_TOKENS, (n,), generator=generator) for n in lengths]
-
-
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("rule", SAMPLERS)
 def test_loop_equals_float64_reference(rule: str, setting: str) -> None:
     backbone = tiny_backbone("qwen3" if setting == "blocks" else "llama", layers=1)
-    sampler = {"name": rule, **EASY.get(rule, {})}
     config = DiffusionGenerationConfig(
-        max_new_tokens=14, sampler_config=sampler, stop_at_eos=False, record_history=True, seed=3, **SETTINGS[setting]
+        max_new_tokens=14,
+        sampler_config=easy(rule),
+        stop_at_eos=False,
+        record_history=True,
+        seed=3,
+        **SETTINGS[setting],
     )
     rows = prompts(4, 7)
     out = generate(backbone, rows, config, sample_ids=[5, 2])
