@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from params.base import Natural, Settings
 from params.errors import ParamsError, did_you_mean
 from params.explain import explain
 from params.sections import (
@@ -15,12 +16,11 @@ from params.sections import (
     DataSpec,
     EvalSpec,
     ModelSpec,
-    Natural,
     RuntimeSpec,
     ScratchSpec,
-    Settings,
     TrainSpec,
 )
+from params.sweeps import ParallelismSpec, StepSweepSpec
 
 __all__ = [
     "AnchorSpec",
@@ -31,10 +31,12 @@ __all__ = [
     "EvalSpec",
     "GridSpec",
     "ModelSpec",
+    "ParallelismSpec",
     "RowSpec",
     "RuntimeSpec",
     "ScratchSpec",
     "Settings",
+    "StepSweepSpec",
     "TrainSpec",
 ]
 

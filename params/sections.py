@@ -8,52 +8,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
+from pydantic import Field, model_validator
+
+from params.base import (
+    Dtype,
+    Fraction,
+    HalfOpen,
+    Int,
+    MaskRatio,
+    Natural,
+    NonNegative,
+    OpenFraction,
+    Positive,
+    PositiveInt,
+    Settings,
 )
-
 from params.errors import ParamsError
-
-
-def _not_a_switch(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("a switch is no number")
-    return value
-
-
-Int = Annotated[int, BeforeValidator(_not_a_switch)]
-Float = Annotated[float, BeforeValidator(_not_a_switch)]
-PositiveInt = Annotated[Int, Field(ge=1)]
-Natural = Annotated[Int, Field(ge=0)]
-Positive = Annotated[Float, Field(gt=0)]
-NonNegative = Annotated[Float, Field(ge=0)]
-Fraction = Annotated[Float, Field(ge=0, le=1)]
-HalfOpen = Annotated[Float, Field(ge=0, lt=1)]
-OpenFraction = Annotated[Float, Field(gt=0, lt=1)]
-MaskRatio = Annotated[Float, Field(gt=0, le=1)]
-Dtype = Literal["auto", "fp32", "bf16"]
-
-
-class Settings(BaseModel):
-    """Base of all settings: frozen, unknown keys are errors, numbers are finite."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, validate_default=True
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _one_is_a_list(cls, value: Any, info: ValidationInfo) -> Any:
-        """Take a single number or name for a list of one: `--set bench.steps=8`."""
-        field = cls.model_fields[info.field_name or ""]
-        wants_list = "tuple" in str(field.annotation) and not isinstance(value, (list, tuple, dict, set, type(None)))
-        return [value] if wants_list else value
+from params.sweeps import ParallelismSpec, StepSweepSpec
 
 
 class ScratchSpec(Settings):
@@ -290,6 +261,10 @@ class EvalSpec(Settings):
     """Sequences a forward pass."""
     dtype: Dtype = "fp32"
     """Compute dtype of the measurements; auto: bf16 where the device is fast at it."""
+    step_sweep: StepSweepSpec | None = None
+    """Quality at several numbers of denoising steps; null measures none. `{}` takes the defaults."""
+    parallelism: ParallelismSpec | None = None
+    """Accuracy against tokens per forward, rule by rule; null measures none. `{}` takes the defaults."""
 
 
 class BenchSpec(Settings):

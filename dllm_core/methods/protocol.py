@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from dllm_core.data.order import SampleOrder
     from dllm_core.data.sequences import SequenceSet
     from dllm_core.data.trajectories import TrajectoryStore
+    from dllm_core.samplers.config import DiffusionGenerationConfig
     from dllm_core.samplers.record import CacheDrift, DenoisingStep
 
 
@@ -339,6 +340,24 @@ class Method(nn.Module, ABC):
             request: room-independent settings.
             on_draft: called after each pass with (canvas [B, L], committed [B, L] bool) where the room can stream.
         """
+
+    def fill(
+        self,
+        texts: Sequence[Tensor],
+        masks: Sequence[Tensor],
+        config: DiffusionGenerationConfig,
+        *,
+        sample_ids: Sequence[int] | None = None,
+    ) -> GenerationOutput:
+        """Generate tokens in place, wherever a mask is True (capability `infill`).
+
+        Args:
+            texts: 1-D int64 ids of any lengths; what stands at a mask is not read.
+            masks: bool, of the same shapes.
+            config: how; `max_new_tokens` is not used.
+            sample_ids: one id per text, which with the seed keys its noise; None means 0..B-1.
+        """
+        raise NotImplementedError(f"{type(self).__module__} cannot fill in masks")
 
     # -- keeping ----------------------------------------------------------------------------------------------------
 

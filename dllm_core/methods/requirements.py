@@ -82,6 +82,7 @@ class Capabilities:
         exact_likelihood: `token_nll` gives the exact likelihood (autoregressive rows).
         nelbo: `masked_nll` exists, so that the random-order and the block-wise bound can be estimated.
         unmasking: decodes by iterative unmasking (denoising steps, history, commit order).
+        infill: `fill` exists: masks anywhere in a text can be filled in.
         streaming: `generate` can send drafts to a streamer.
         exact_cache: cached decoding equals uncached decoding.
         bound_block_size: `masked_nll` sees all of the blocks before a token's own, hidden or not, and nothing after it:
@@ -96,6 +97,7 @@ class Capabilities:
     exact_likelihood: bool = False
     nelbo: bool = False
     unmasking: bool = False
+    infill: bool = False
     streaming: bool = False
     exact_cache: bool = False
     bound_block_size: int | None = None

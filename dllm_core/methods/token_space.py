@@ -135,16 +135,43 @@ class TokenSpaceMethod(SingleNetworkMethod):
         Keys and values are kept where that changes nothing: in block-causal models. There every block gets at least
         one pass, also where `request.num_steps` is less, and `request.block_size` divides the model's blocks further.
         """
-        from dllm_core.samplers.blocks import split_blocks
         from dllm_core.samplers.config import DiffusionGenerationConfig
 
-        contract, cache = self.backbone.contract, "none"
-        if contract.attention == "block_causal":
-            places = [range(len(p), len(p) + request.max_new_tokens) for p in prompts]
-            blocks = max(len(split_blocks(p, request.block_size, contract.block_size)) for p in places)
-            request, cache = replace(request, num_steps=max(blocks, request.num_steps)), "exact"
+        places = [range(len(p), len(p) + request.max_new_tokens) for p in prompts]
+        request = replace(request, num_steps=max(request.num_steps, self.most_blocks(places, request.block_size)))
+        cache = "exact" if self.backbone.contract.attention == "block_causal" else "none"
         config = DiffusionGenerationConfig.from_request(request, cache=cache)
         return self.generate(list(prompts), config, sample_ids=request.sample_ids, on_draft=on_draft)
+
+    def most_blocks(self, places: Sequence[Sequence[int]], block_size: int | None) -> int:
+        """Return the blocks of the row that has most, in a block-causal model: each takes a pass, no fewer steps do.
+
+        Args:
+            places: of each row, the positions to fill.
+            block_size: what divides the model's own blocks further; None nothing.
+
+        Returns:
+            0 for a bidirectional model, which has no blocks of its own.
+        """
+        from dllm_core.samplers.blocks import split_blocks
+
+        contract = self.backbone.contract
+        if contract.attention != "block_causal":
+            return 0
+        return max(len(split_blocks(p, block_size, contract.block_size)) for p in places)
+
+    def fill(
+        self,
+        texts: Sequence[Tensor],
+        masks: Sequence[Tensor],
+        config: DiffusionGenerationConfig,
+        *,
+        sample_ids: Sequence[int] | None = None,
+    ) -> GenerationOutput:
+        """Generate tokens in place; see `Method.fill`. In block-causal models every block gets at least one pass."""
+        blocks = self.most_blocks([mask.nonzero()[:, 0].tolist() for mask in masks], config.block_size)
+        config = replace(config, max_denoising_steps=max(config.max_denoising_steps, blocks))
+        return self.generate(list(texts), config, infill_mask=list(masks), sample_ids=sample_ids)
 
     def generate(
         self,

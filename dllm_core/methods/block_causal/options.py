@@ -30,7 +30,12 @@ class Options(ReprAlignOptions):
     def capabilities(self) -> Capabilities:
         """Unmasking inside blocks with an exact cache: another computation than that of the bidirectional cells."""
         return Capabilities(
-            nelbo=True, unmasking=True, streaming=True, exact_cache=True, bound_block_size=self.block_size
+            nelbo=True,
+            unmasking=True,
+            infill=True,
+            streaming=True,
+            exact_cache=True,
+            bound_block_size=self.block_size,
         )
 
     def training_positions(self, prompt: int, response: int) -> int:

@@ -18,4 +18,4 @@ class Options(RoomOptions):
 
     def capabilities(self) -> Capabilities:
         """A bidirectional network that decodes by iterative unmasking; all such cells run the same network."""
-        return Capabilities(nelbo=True, unmasking=True, streaming=True, speed_group="token_space")
+        return Capabilities(nelbo=True, unmasking=True, infill=True, streaming=True, speed_group="token_space")
