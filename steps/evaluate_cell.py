@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from steps.train_cell import TrainedCell
 
 LIBRARIES = ("torch", "transformers", "safetensors")
+ELSEWHERE = {"dtype", "judge", "step_sweep", "parallelism"}
+"""Settings of the section that are resolved first, or that another step reads (steps/sweep_cell.py)."""
 SEED = 0
 """Of masks, mask counts and sampling. One for all rows and seeds, so that their differences are paired."""
 
@@ -128,7 +130,7 @@ def evaluate_cell(
         inputs={
             "weights": weights_identity(directory, model),
             "data": data.fingerprint,
-            "judge": _judge_identity(spec, model),
+            "judge": judge_identity(spec, model),
             **({} if states is None else {"anchors": f"{states.teacher} {states.dtype}"}),
         },
         roots=["steps.evaluate_cell", f"dllm_core.methods.{row.cell.method}"],
@@ -155,12 +157,12 @@ def _resources(anchors: AnchorArtifact | None) -> Resources:
 
 
 def _fields(spec: GridSpec, dtype: str, device: str) -> dict[str, Any]:
-    settings = spec.eval.model_dump(mode="json", exclude={"dtype", "judge"})
+    settings = spec.eval.model_dump(mode="json", exclude=ELSEWHERE)
     lengths = {"prompt_tokens": spec.data.prompt_tokens, "response_tokens": spec.data.response_tokens}
     return {"eval": settings, **lengths, "dtype": dtype, "device": device, "seed": SEED}
 
 
-def _judge_identity(spec: GridSpec, model: ModelArtifact) -> str:
+def judge_identity(spec: GridSpec, model: ModelArtifact) -> str:
     """Return what the judge is known by: its weights where they are at hand, else its name."""
     if spec.eval.judge == "base":
         return model.identity
@@ -168,18 +170,19 @@ def _judge_identity(spec: GridSpec, model: ModelArtifact) -> str:
     return model_identity(directory) if directory.is_dir() else spec.eval.judge
 
 
-def _settings(spec: GridSpec) -> EvalSettings:
+def settings_of(spec: GridSpec) -> EvalSettings:
+    """Return what is measured, and how precisely."""
     from dllm_core.evals.evaluate import EvalSettings
 
     return EvalSettings(
-        **spec.eval.model_dump(exclude={"dtype", "judge"}),
+        **spec.eval.model_dump(exclude=ELSEWHERE),
         prompt_tokens=spec.data.prompt_tokens,
         response_tokens=spec.data.response_tokens,
         seed=SEED,
     )
 
 
-def _judge(spec: GridSpec, model: ModelArtifact, dtype: str, device: str) -> Judge:
+def judge_of(spec: GridSpec, model: ModelArtifact, dtype: str, device: str) -> Judge:
     """Load the judge: the base model, or another one with a tokenizer of its own."""
     import torch
     from transformers import AutoTokenizer
@@ -216,15 +219,15 @@ def _reference_text(
         from dllm_core.evals.evaluate import heldout_prompts
         from dllm_core.evals.frontier import reference_statistics
 
-        prompts = heldout_prompts(SequenceSet.load(Path(data.heldout_dir)), _settings(spec))
-        return reference_statistics(_judge(spec, model, dtype, device), prompts, NoiseSource(SEED))
+        prompts = heldout_prompts(SequenceSet.load(Path(data.heldout_dir)), settings_of(spec))
+        return reference_statistics(judge_of(spec, model, dtype, device), prompts, NoiseSource(SEED))
 
     wanted = ("frontier_samples", "batch_size")
     fields = _fields(spec, dtype, device)
     entry = ctx.cache.get_or_build(
         "reference_text",
         {**fields, "eval": {k: fields["eval"][k] for k in wanted}},
-        inputs={"data": data.fingerprint, "judge": _judge_identity(spec, model)},
+        inputs={"data": data.fingerprint, "judge": judge_identity(spec, model)},
         roots=["dllm_core.evals.frontier", "dllm_core.evals.evaluate"],
         libraries=LIBRARIES,
         build=build,
@@ -257,9 +260,9 @@ def _measure(
     return evaluate(
         load_row(row, directory, model, dtype=dtype, device=device),
         SequenceSet.load(Path(data.heldout_dir)),
-        _settings(spec),
+        settings_of(spec),
         train_counts_V=SequenceSet.load(Path(data.train_dir)).token_counts,
-        judge=_judge(spec, model, dtype, device),
+        judge=judge_of(spec, model, dtype, device),
         reference_text=reference,
         tokenizer=AutoTokenizer.from_pretrained(model.path, local_files_only=True),
         dtype=dtype,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from dllm_core.methods.requirements import BaseShape, NetworkCost
 from dllm_core.training.budget import steps_from_flops
-from params.schema import GridSpec
+from params.schema import GridSpec, ParallelismSpec, StepSweepSpec
 from steps.benchmark_rounds import decodes_by_group
 from steps.estimates import (
     DTYPE_BYTES,
@@ -137,25 +137,70 @@ def _evaluate_seconds(spec: GridSpec, row: PlannedRow, shape: ModelShape, machin
         total += forwards(settings.mask_ratio_sequences * len(settings.mask_ratios), response_tokens(spec) / 2)
     samples = settings.frontier_samples * len(settings.frontier_temperatures)
     new = response_tokens(spec)
+    total += _texts_seconds(spec, row, shape, machine, samples=samples, steps=settings.frontier_steps)
+    total += forwards(samples, new)  # the judge reads them all
+    if settings.step_sweep is not None:
+        total += _step_sweep_seconds(spec, row, shape, machine, settings.step_sweep)
+        judged = settings.step_sweep.samples * len(settings.step_sweep.temperatures)
+        total += forwards(judged * (1 if row.capabilities.causal else len(settings.step_sweep.steps)), new)
+    if settings.parallelism is not None and row.capabilities.infill:
+        total += _parallelism_seconds(spec, shape, machine, settings.parallelism)
+    return total
+
+
+def _texts_seconds(
+    spec: GridSpec, row: PlannedRow, shape: ModelShape, machine: Machine, *, samples: int, steps: int
+) -> float:
+    """Time of writing so many whole responses, in so many denoising steps where a row knows steps."""
+    size, new, dtype = spec.eval.batch_size, response_tokens(spec), machine.dtype(spec.eval.dtype)
     network = own_network(spec, row, shape)
     if network is not None:
-        total += _latent_seconds(network, machine, tokens=samples * new, steps=settings.frontier_steps, dtype=dtype)
-    elif row.capabilities.unmasking:
-        decodes = math.ceil(samples / settings.batch_size)
-        total += decodes * decode_seconds(
-            shape,
-            machine,
-            length=length,
-            new=new,
-            steps=settings.frontier_steps,
-            batch=settings.batch_size,
-            dtype=dtype,
-        )
-    elif row.capabilities.causal:
-        total += math.ceil(samples / settings.batch_size) * ar_seconds(
-            shape, machine, new=new, batch=settings.batch_size, dtype=dtype
-        )
-    return total + forwards(samples, new)  # the judge reads them all
+        return _latent_seconds(network, machine, tokens=samples * new, steps=steps, dtype=dtype)
+    if row.capabilities.unmasking:
+        return _fill_seconds(spec, shape, machine, texts=samples, gap=new, passes=steps, batch=size)
+    if row.capabilities.causal:
+        return math.ceil(samples / size) * ar_seconds(shape, machine, new=new, batch=size, dtype=dtype)
+    return 0.0
+
+
+def _fill_seconds(spec: GridSpec, shape: ModelShape, machine: Machine, *, texts: int, gap: int, passes: float) -> float:
+    """Time of filling `gap` tokens of each text in so many passes over the whole of it."""
+    size, dtype = spec.eval.batch_size, machine.dtype(spec.eval.dtype)
+    one = decode_seconds(shape, machine, length=spec.data.length, new=gap, steps=1, batch=size, dtype=dtype)
+    return math.ceil(texts / size) * passes * one
+
+
+def _step_sweep_seconds(
+    spec: GridSpec, row: PlannedRow, shape: ModelShape, machine: Machine, sweep: StepSweepSpec
+) -> float:
+    """Time of the continuations and gaps at every number of steps; a row that writes token by token does them once."""
+    samples, new = sweep.samples * len(sweep.temperatures), response_tokens(spec)
+    gap = min(sweep.infill_tokens, new // 2)
+    if row.capabilities.causal:
+        size, dtype = spec.eval.batch_size, machine.dtype(spec.eval.dtype)
+        gaps = math.ceil(sweep.infill_sequences / size) * ar_seconds(shape, machine, new=gap, batch=size, dtype=dtype)
+        return _texts_seconds(spec, row, shape, machine, samples=samples, steps=new) + gaps
+    total = 0.0
+    for steps in {min(s, new) for s in sweep.steps}:
+        total += _texts_seconds(spec, row, shape, machine, samples=samples, steps=steps)
+        if row.capabilities.infill:
+            passes = math.ceil(steps * gap / new)
+            total += _fill_seconds(spec, shape, machine, texts=sweep.infill_sequences, gap=gap, passes=passes)
+    return total
+
+
+def _parallelism_seconds(spec: GridSpec, shape: ModelShape, machine: Machine, sweep: ParallelismSpec) -> float:
+    """Time of the curves at most: a rule that goes by scores takes a pass for every token of a row that is never sure.
+
+    How sure a row will be is not known beforehand.
+    """
+    new, total = response_tokens(spec), 0.0
+    by_scores = len(sweep.thresholds) + len(sweep.factors)
+    by_scores += len(sweep.entropy_thresholds) * len(sweep.block_add_thresholds)
+    for gap in (max(1, round(sweep.mask_ratio * new)), min(sweep.infill_tokens, new // 2)):
+        passes = by_scores * gap + sum(math.ceil(gap / tokens) for tokens in sweep.tokens_per_forward)
+        total += _fill_seconds(spec, shape, machine, texts=sweep.sequences, gap=gap, passes=passes)
+    return total
 
 
 def _benchmark_seconds(spec: GridSpec, row: PlannedRow, shape: ModelShape, machine: Machine) -> float:

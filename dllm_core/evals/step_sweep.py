@@ -23,6 +23,8 @@ from dllm_core.methods.requirements import Capabilities
 from dllm_core.samplers.config import DiffusionGenerationConfig
 
 NO_GAPS = "generates whole continuations and cannot fill in a gap"
+TOKEN_BY_TOKEN = "ar"
+"""Stands for the number of steps of rows that write token by token, as in the benchmark."""
 OnDone = Callable[[int], None]
 
 
@@ -76,29 +78,37 @@ def step_sweep(
         on_done: called with the number of texts done.
 
     Returns:
-        `frontier`: a point per number of steps and temperature: figures as in `frontier.judged`, `steps` (None for a
-        row that writes token by token), `num_forwards`, `tokens_per_forward`, and `eval_tokens_per_s`: tokens a second
+        `frontier`: number of steps (text; `ar` for a row that writes token by token) -> a point per temperature:
+        figures as in `frontier.judged`, `num_forwards`, `tokens_per_forward`, and `eval_tokens_per_s`: tokens a second
         of this very decoding, in batches of `batch_size` and without rounds or warm-up; no benchmark.
-        `infill`: a point per number of steps (see `gaps.gap_figures`), greedy; empty for rows that cannot.
+        `infill`: number of steps -> figures (`gaps.gap_figures`) of greedy decoding; empty for rows that cannot.
         `infill_context`: what the row saw around a gap, None if it cannot fill one; `infill_absent` then says why.
     """
     settings = sweep.settings(method.capabilities)
     context = context_of(method.capabilities)
     found: dict[str, Any] = {
-        "frontier": [
-            _text_point(method, prompts, judge, noise, sweep, steps, temperature, on_done)
+        "frontier": {
+            _name(steps): [
+                _text_point(method, prompts, judge, noise, sweep, steps, temperature, on_done)
+                for temperature in sorted(sweep.temperatures)
+            ]
             for steps in settings
-            for temperature in sorted(sweep.temperatures)
-        ],
-        "infill": [],
+        },
+        "infill": {},
         "infill_context": context,
         "infill_absent": None if context is not None else NO_GAPS,
         "infill_sequences": len(gaps),
         "batch_size": sweep.batch_size,
     }
     if context is not None:
-        found["infill"] = [_gap_point(method, gaps, noise.seed, sweep, steps, on_done) for steps in settings]
+        found["infill"] = {
+            _name(steps): _gap_point(method, gaps, noise.seed, sweep, steps, on_done) for steps in settings
+        }
     return found
+
+
+def _name(steps: int | None) -> str:
+    return TOKEN_BY_TOKEN if steps is None else str(steps)
 
 
 def _text_point(
@@ -126,7 +136,6 @@ def _text_point(
     synchronize()
     seconds = time.perf_counter() - started
     return {
-        "steps": steps,
         "temperature": temperature,
         **judged(judge, prompts, texts.tokens, noise),
         "num_forwards": texts.num_forwards,
@@ -152,7 +161,6 @@ def _gap_point(
 
         filling = fill(method, gaps, config_of, batch_size=sweep.batch_size, on_done=on_done)
     return {
-        "steps": steps,
         **gap_figures(filling, gaps),
         "num_forwards": sum(filling.forwards) / max(1, len(gaps)),
         "tokens_per_forward": sum(gaps.sizes) / max(1, sum(filling.forwards)),

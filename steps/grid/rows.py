@@ -90,6 +90,11 @@ def _run_row(
             evaluation = step_function("evaluate_cell")(
                 run.spec, row, trained, shared.model, shared.data, ctx, anchors=shared.anchors
             )
+            if run.spec.eval.step_sweep is not None or run.spec.eval.parallelism is not None:
+                doing = "sweep_cell"
+                evaluation = step_function("sweep_cell")(
+                    run.spec, row, trained, shared.model, shared.data, ctx, evaluation
+                )
     except KeyboardInterrupt:
         tracker.finish("KILLED", timeout_s=3)
         raise

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from steps.prepare_model import ModelArtifact
 
 STEP_FUNCTIONS = ("prepare_model", "prepare_data", "cache_anchors", "extract_trajectories")
-STEP_FUNCTIONS += ("train_cell", "evaluate_cell", "benchmark")
+STEP_FUNCTIONS += ("train_cell", "evaluate_cell", "sweep_cell", "benchmark")
 
 
 def step_function(name: str) -> Callable[..., Any]:
