@@ -22,14 +22,14 @@ class StepSweepSpec(Settings):
     infill_tokens: PositiveInt = 32
     """Tokens that are taken out of the middle of a response and filled in again; at most half of the response."""
     infill_sequences: PositiveInt = 16
-    """Held-out sequences of which a span is filled in."""
+    """Held-out sequences of which a span is filled in; all where there are fewer."""
 
 
 class ParallelismSpec(Settings):
     """Accuracy against tokens per forward, as the rules accept more at once; token-space rows only."""
 
     sequences: PositiveInt = 8
-    """Held-out sequences."""
+    """Held-out sequences; all where there are fewer."""
     mask_ratio: MaskRatio = 0.5
     """Part of a response that is masked at random and filled in: one of the two tasks."""
     infill_tokens: PositiveInt = 32

@@ -105,7 +105,7 @@ def evaluate_cell(
     machine = probe(spec.runtime.device, spec.runtime.threads)
     dtype = machine.dtype(spec.eval.dtype)
     directory = weights_dir(trained, model)
-    reference = _reference_text(spec, model, data, ctx, dtype, machine.device)
+    reference = reference_text(spec, model, data, ctx, dtype, machine.device)
     options = room_options(row.cell.method).model_validate(row.cell.options)
     need = _heldout_states(options, model)
     if need is not None and need.cell is not None:
@@ -208,7 +208,7 @@ def judge_of(spec: GridSpec, model: ModelArtifact, dtype: str, device: str) -> J
     )
 
 
-def _reference_text(
+def reference_text(
     spec: GridSpec, model: ModelArtifact, data: DataArtifact, ctx: Context, dtype: str, device: str
 ) -> dict[str, Any]:
     """Return the judge's figures of the held-out continuations; computed once for all rows."""

@@ -163,11 +163,13 @@ def _texts_seconds(
     return 0.0
 
 
-def _fill_seconds(spec: GridSpec, shape: ModelShape, machine: Machine, *, texts: int, gap: int, passes: float) -> float:
+def _fill_seconds(
+    spec: GridSpec, shape: ModelShape, machine: Machine, *, texts: int, gap: int, passes: int, batch: int
+) -> float:
     """Time of filling `gap` tokens of each text in so many passes over the whole of it."""
-    size, dtype = spec.eval.batch_size, machine.dtype(spec.eval.dtype)
-    one = decode_seconds(shape, machine, length=spec.data.length, new=gap, steps=1, batch=size, dtype=dtype)
-    return math.ceil(texts / size) * passes * one
+    dtype = machine.dtype(spec.eval.dtype)
+    once = decode_seconds(shape, machine, length=spec.data.length, new=gap, steps=passes, batch=batch, dtype=dtype)
+    return math.ceil(texts / batch) * once
 
 
 def _step_sweep_seconds(
@@ -184,8 +186,9 @@ def _step_sweep_seconds(
     for steps in {min(s, new) for s in sweep.steps}:
         total += _texts_seconds(spec, row, shape, machine, samples=samples, steps=steps)
         if row.capabilities.infill:
-            passes = math.ceil(steps * gap / new)
-            total += _fill_seconds(spec, shape, machine, texts=sweep.infill_sequences, gap=gap, passes=passes)
+            passes, texts = math.ceil(steps * gap / new), sweep.infill_sequences
+            batch = min(texts, spec.eval.batch_size)
+            total += _fill_seconds(spec, shape, machine, texts=texts, gap=gap, passes=passes, batch=batch)
     return total
 
 
@@ -195,11 +198,12 @@ def _parallelism_seconds(spec: GridSpec, shape: ModelShape, machine: Machine, sw
     How sure a row will be is not known beforehand.
     """
     new, total = response_tokens(spec), 0.0
+    batch = min(sweep.sequences, spec.eval.batch_size)
     by_scores = len(sweep.thresholds) + len(sweep.factors)
     by_scores += len(sweep.entropy_thresholds) * len(sweep.block_add_thresholds)
     for gap in (max(1, round(sweep.mask_ratio * new)), min(sweep.infill_tokens, new // 2)):
         passes = by_scores * gap + sum(math.ceil(gap / tokens) for tokens in sweep.tokens_per_forward)
-        total += _fill_seconds(spec, shape, machine, texts=sweep.sequences, gap=gap, passes=passes)
+        total += _fill_seconds(spec, shape, machine, texts=sweep.sequences, gap=gap, passes=passes, batch=batch)
     return total
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from steps.report import figures, summary, tidy
 from steps.report.compare import PerSequence, all_pairs, concluded, is_ranked
+from steps.report.curve_areas import with_areas
 from steps.report.curves import health_curves, loss_curve
 from steps.report.markdown import render_markdown
 from steps.report.schema import BenchResult, CostResult, Estimate, EvalResult, Results, Row, Tie, TrainResult
@@ -154,7 +155,7 @@ def assemble(
         budget=spec.budget.model_dump() if spec.budget else {"kind": "steps", "value": spec.train.steps},
         model=model,
         data=data,
-        cells=[_row(r, bench["rows"].get(r.row_id)) for r in rows],
+        cells=[_row(r, bench["rows"].get(r.row_id)) for r in with_areas(rows)],
         comparisons=all_pairs(_per_sequence(rows), {r.row_id: r.seed for r in rows}),
         ties=[Tie(**t) for t in bench["ties"]],
         ranked=is_ranked(spec.seeds),

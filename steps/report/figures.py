@@ -10,6 +10,7 @@ from steps.report.cells import gather, spread
 from steps.report.drawing import LINES, dress, plain_axes, style
 from steps.report.schema import Results
 from steps.report.strips import commit_order, prediction_strips
+from steps.report.sweep_figures import parallelism_curves, quality_by_steps
 from steps.report.tradeoff import judge_label, quality_vs_speed
 
 if TYPE_CHECKING:
@@ -137,6 +138,8 @@ def draw_all(
         "prediction_strip": lambda: prediction_strips(strips),
         "latent_health": lambda: latent_health(results),
         "commit_order": lambda: commit_order(histories),
+        "quality_by_steps": lambda: quality_by_steps(results),
+        "parallelism": lambda: parallelism_curves(results),
     }
     written = {}
     for name, make in makers.items():

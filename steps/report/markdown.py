@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from steps.report import notes, tables
+from steps.report import notes, sweeps, tables
 from steps.report.cells import gather
 from steps.report.costs import amount
 from steps.report.schema import Results
@@ -24,6 +24,8 @@ def render_markdown(results: Results, lines: Sequence[str], figure_names: Sequen
         ("Health of latent rows", tables.health_table(results), notes.health(results)),
         ("Speed", tables.speed_table(results), notes.speed(results)),
         ("Speed ratios of rows that share one network", tables.speed_contrast_table(results), notes.ratios(results)),
+        ("Quality by denoising steps", sweeps.steps_table(results), sweeps.steps_note(results)),
+        ("Accuracy under parallelism", sweeps.parallelism_table(results), sweeps.parallelism_note(results)),
         ("Cost", tables.cost_table(results), notes.COST),
     ]
     body = [f"\n## {title}\n\n{table}\n\n{note}" for title, table, note in sections if table.count("\n") > 1]

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dllm_core.evals.intervals import Verdict
 
-SCHEMA_VERSION = "1.2"
+SCHEMA_VERSION = "1.3"
 
 
 class _Part(BaseModel):
@@ -55,6 +55,47 @@ class CostResult(_Part):
     new_params: int = Field(description="parameters the base did not have")
 
 
+class StepSweepResult(_Part):
+    """Quality at several numbers of denoising steps; keys are steps, `ar` for rows that write token by token."""
+
+    frontier: dict[str, list[dict[str, Any]]] = Field(description="generated text, one entry a temperature")
+    infill: dict[str, dict[str, Any]] = Field(description="a stretch of held-out text taken out and filled in again")
+    infill_context: str | None = Field(default=None, description="what the row saw around the gap")
+    infill_absent: str | None = Field(default=None, description="why nothing was filled in")
+    infill_sequences: int
+    batch_size: int = Field(description="texts decoded together")
+
+
+class CurvePoint(_Part):
+    """One setting of a rule."""
+
+    setting: float
+    accuracy: Estimate = Field(description="share of tokens that equal the held-out ones")
+    tokens_per_forward: Estimate
+
+
+class ParallelismCurve(_Part):
+    """Accuracy against tokens per forward of one rule on one task."""
+
+    rule: str = Field(description="`fixed`, `threshold`, `factor`, or `blocks`: entropy thresholds in blocks")
+    task: str = Field(description="`masked` (tokens here and there) or `infill` (a stretch in the middle)")
+    block_size: int | None = None
+    block_add_threshold: float | None = None
+    points: list[CurvePoint]
+    aup: Estimate | None = Field(default=None, description="accuracy under parallelism, percent x tokens per forward")
+    best_accuracy: float | None = Field(default=None, description="y_max of the AUP, in percent, over all rows")
+
+
+class ParallelismResult(_Part):
+    """Accuracy under parallelism of a row."""
+
+    curves: list[ParallelismCurve] = Field(default_factory=list)
+    context: str | None = Field(default=None, description="what the row saw around a gap")
+    absent: str | None = Field(default=None, description="why there are no curves")
+    mask_ratio: float
+    num_sequences: int
+
+
 class EvalResult(_Part):
     """Quality on held-out text. A bound and a judge's perplexity never share a column."""
 
@@ -70,6 +111,8 @@ class EvalResult(_Part):
     diagnostics: dict[str, Any] = Field(
         default_factory=dict, description="figures of health of a latent row: numbers, or maps of numbers"
     )
+    step_sweep: StepSweepResult | None = None
+    parallelism: ParallelismResult | None = None
     num_sequences: int | None = None
     num_documents: int | None = Field(default=None, description="documents those sequences were cut from")
     num_scored_tokens: int | None = None

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from steps.report.schema import Results, Row
+from steps.report.sweeps import tidy_metrics
 from steps.report.tables import OVERLAP_SIZES
 
 TEXT_FIGURES = (
@@ -54,6 +55,7 @@ def _flat_metrics(row: Row) -> list[tuple[str, float, float | None]]:
                 if point.get(key):
                     found.append((f"{prefix}/{key}", point[key]["value"], point[key]["se"]))
         found += [(name, value, None) for name, value in _flat(row.eval.diagnostics, "eval/diagnostics", "/")]
+        found += tidy_metrics(row)
     for steps, bench in (row.bench.steps if row.bench else {}).items():
         found.append((f"bench/tokens_per_s@{steps}", bench["tokens_per_s"]["median"], None))
     if row.cost is not None:
