@@ -16,6 +16,7 @@ from steps.report.compare import PerSequence, all_pairs, concluded, is_ranked
 from steps.report.curve_areas import with_areas
 from steps.report.curves import health_curves, loss_curve
 from steps.report.markdown import render_markdown
+from steps.report.model_cards import write_cards
 from steps.report.schema import BenchResult, CostResult, Estimate, EvalResult, Results, Row, Tie, TrainResult
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def build(
     hardware: dict[str, Any] | None = None,
     versions: dict[str, str] | None = None,
 ) -> ReportArtifact:
-    """Write results.json, results.csv, report.md and the figures.
+    """Write results.json, results.csv, report.md, a card for every trained cell, and the figures.
 
     Args:
         spec: the grid's settings.
@@ -111,6 +112,7 @@ def build(
     (directory / "results.json").write_text(results.model_dump_json(indent=1))
     (directory / "results.csv").write_text(tidy.results_csv(results))
     (directory / "report.md").write_text(render_markdown(results, lines, [p.name for p in drawn.values()]))
+    write_cards(results, directory / "model_cards", tuple(drawn))
     _link_cells(directory / "cells", rows)
     _publish_latest(directory)
     return ReportArtifact(

@@ -126,7 +126,7 @@ def steps_note(results: Results) -> str:
         "takes at least a pass for every block); ± one standard error clustered by document. less control: minus the "
         "share that is right against other documents' text at the same place, points."
     )
-    return " ".join([note, *_contexts(results), *_absences(results, "infill")])
+    return " ".join([note, *_contexts(results), *absences(results, "infill")])
 
 
 # -- parallelism ------------------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def parallelism_note(results: Results) -> str:
         "compared with published ones, and among rows only on the same task, rule and settings, since every curve "
         "begins and ends where its settings lead."
     )
-    return " ".join([note, *_contexts(results), *_absences(results, "curves")])
+    return " ".join([note, *_contexts(results), *absences(results, "curves")])
 
 
 def _contexts(results: Results) -> Iterator[str]:
@@ -210,7 +210,7 @@ def _context(row: Row) -> str | None:
     return row.eval.parallelism.context if row.eval.parallelism else None
 
 
-def _absences(results: Results, what: str) -> Iterator[str]:
+def absences(results: Results, what: str) -> Iterator[str]:
     """Yield a sentence on every cell for which something is not measured, with the reason."""
     for cell in gather(results):
         for row in cell.measured[:1]:

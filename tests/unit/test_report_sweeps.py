@@ -215,3 +215,22 @@ def test_every_number_is_in_the_csv(report: Any) -> None:
     assert f"{start}eval/infill/8/accuracy,0.4,0.02" in lines
     assert any(text.startswith(f"{start}eval/parallelism/masked/threshold/aup,") for text in lines)
     assert any(text.startswith(f"{start}eval/parallelism/infill/blocks-8-0.1/accuracy@0.9,") for text in lines)
+
+
+def test_every_trained_cell_has_a_card_with_its_own_curves(report: Any, results: Results) -> None:
+    cards = Path(report.directory) / "model_cards"
+    finished = {c.name for c in results.cells if c.trained and c.status == "ok"}
+    assert {p.stem for p in cards.iterdir()} == finished
+    card = (cards / "unsure.md").read_text()
+    whole = parallelism_table(results)
+    for text in card.splitlines():
+        assert not text.startswith("| sure")
+    area = line(whole, "unsure", "masked tokens", "threshold")[6]
+    assert area in card, "the area is the grid's: y_max comes from all rows"
+    assert "](../parallelism.png)" in card
+    assert (
+        "No curves of written" in (cards / "written.md").read_text()
+        or "Accuracy under" not in (cards / "written.md").read_text()
+    )
+    for target in ("report.md", "results.json", "parallelism.png"):
+        assert (cards / ".." / target).is_file()
