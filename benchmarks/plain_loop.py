@@ -1,14 +1,18 @@
-"""The loop a peer would write over a plain transformers model: what ours is measured against.
+"""The loops a peer would write over a plain transformers model: what ours is measured against.
 
-Every step runs the whole model, head included, and takes softmax, confidence and entropy on every row of the canvas;
-then it commits the most confident masked tokens. Same schedule, same alignment and same tie rule as the library's
-`confidence`, so in fp32 the tokens are the same. B batch, C canvas length, V vocabulary.
+`plain` runs the whole model at every step, head included, and takes softmax, confidence and entropy on every row of the
+canvas. `masked_rows` is what a careful peer makes of it: the head, the softmax and the confidence of the rows that are
+still masked, and nothing else. Both then commit the most confident masked tokens, with the same schedule, alignment and
+tie rule as the library's `confidence`, so in fp32 the tokens are the same.
+
+B batch, C canvas length, M masked rows of the batch, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +32,7 @@ def generate(
     mask_token_id: int,
     num_tokens: int,
     shifted: bool = True,
+    masked_rows: bool = False,
 ) -> GenerationOutput:
     """Decode prompts of equal length greedily by confidence.
 
@@ -39,6 +44,7 @@ def generate(
         mask_token_id: of the mask.
         num_tokens: ids from here on are never predicted.
         shifted: logits at i-1 predict token i.
+        masked_rows: run the head on the rows that are still masked, not on all.
     """
     start = time.perf_counter()
     first_token_s = 0.0
@@ -49,14 +55,11 @@ def generate(
     masked_BC = torch.arange(canvas_BC.shape[1], device=model.device).expand_as(canvas_BC) >= prompt_length
     counts = tokens_per_step(max_new_tokens, steps)
     for step, count in enumerate(counts):
-        logits_BCV = model(input_ids=canvas_BC, is_causal=False, use_cache=False).logits
-        if shifted:
-            logits_BCV = torch.cat((logits_BCV[:, :1], logits_BCV[:, :-1]), dim=1)
-        logits_BCV[..., num_tokens:] = -torch.inf
-        probs_BCV = logits_BCV.float().softmax(-1)
-        confidence_BC, token_BC = probs_BCV.max(-1)
-        # peers compute the entropy beside the confidence, whichever the rule then reads
-        (probs_BCV * probs_BCV.clamp(min=1e-10).log()).sum(-1)
+        if masked_rows:
+            num_masked = batch * sum(counts[step:])
+            confidence_BC, token_BC = _read_masked_rows(model, canvas_BC, masked_BC, num_masked, num_tokens, shifted)
+        else:
+            confidence_BC, token_BC = _read_all_rows(model, canvas_BC, num_tokens, shifted)
         ranked_BC = torch.where(masked_BC, confidence_BC, -torch.inf)
         chosen_BK = ranked_BC.argsort(dim=-1, descending=True, stable=True)[:, :count]
         canvas_BC = canvas_BC.scatter(1, chosen_BK, token_BC.gather(1, chosen_BK))
@@ -71,3 +74,29 @@ def generate(
         num_forwards=len(counts),
         first_token_s=first_token_s,
     )
+
+
+def _read_all_rows(model: PreTrainedModel, canvas_BC: Tensor, num_tokens: int, shifted: bool) -> tuple[Tensor, Tensor]:
+    logits_BCV = model(input_ids=canvas_BC, is_causal=False, use_cache=False).logits
+    if shifted:
+        logits_BCV = torch.cat((logits_BCV[:, :1], logits_BCV[:, :-1]), dim=1)
+    logits_BCV[..., num_tokens:] = -torch.inf
+    probs_BCV = logits_BCV.float().softmax(-1)
+    confidence_BC, token_BC = probs_BCV.max(-1)
+    # peers compute the entropy beside the confidence, whichever the rule then reads
+    (probs_BCV * probs_BCV.clamp(min=1e-10).log()).sum(-1)
+    return confidence_BC, token_BC
+
+
+def _read_masked_rows(
+    model: Any, canvas_BC: Tensor, masked_BC: Tensor, num_masked: int, num_tokens: int, shifted: bool
+) -> tuple[Tensor, Tensor]:
+    hidden_BCD = model.base_model(input_ids=canvas_BC, is_causal=False, use_cache=False).last_hidden_state
+    # the count is known from the schedule: a boolean index would wait for a GPU
+    where_M = torch.nonzero_static(masked_BC.flatten(), size=num_masked)[:, 0]
+    logits_MV = model.get_output_embeddings()(hidden_BCD.flatten(0, 1)[where_M - int(shifted)])
+    logits_MV[:, num_tokens:] = -torch.inf
+    confidence_M, token_M = logits_MV.float().softmax(-1).max(-1)
+    confidence_BC = confidence_M.new_zeros(canvas_BC.numel()).index_copy_(0, where_M, confidence_M).view_as(canvas_BC)
+    token_BC = token_M.new_zeros(canvas_BC.numel()).index_copy_(0, where_M, token_M).view_as(canvas_BC)
+    return confidence_BC, token_BC
