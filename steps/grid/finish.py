@@ -34,7 +34,7 @@ def row_result(run: GridRun, outcome: RowOutcome) -> RowResult:
     from steps.report.build import RowResult
 
     row = row_of(run, outcome.row_id)
-    capabilities = room_options(row.cell.method).model_validate(row.cell.options).capabilities()
+    options = room_options(row.cell.method).model_validate(row.cell.options)
     trained, evaluation, failure = outcome.trained, outcome.evaluation, outcome.failure
     return RowResult(
         row_id=row.row_id,
@@ -42,10 +42,11 @@ def row_result(run: GridRun, outcome: RowOutcome) -> RowResult:
         method=row.cell.method,
         seed=row.seed,
         status="ok" if failure is None else "failed",
-        trained=capabilities.trains,
+        trained=options.capabilities().trains,
         error=failure.problem if failure else None,
         origin=trained.origin if trained and trained.hit else None,
         cell_dir=str(trained.cell_dir) if trained and trained.cell_dir else None,
+        options=options.model_dump(mode="json"),
         metrics_path=str(trained.metrics_path) if trained and trained.metrics_path else None,
         train=trained.summary if trained else None,
         evaluation=evaluation.metrics if evaluation else None,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steps.report import figures, summary, tidy
+from steps.report.cell_links import link_cells
 from steps.report.compare import PerSequence, all_pairs, concluded, is_ranked
 from steps.report.curve_areas import with_areas
 from steps.report.curves import health_curves, loss_curve
@@ -38,6 +39,7 @@ class RowResult:
         error: one line, for failed rows.
         origin: run that computed it when it came from the cache.
         cell_dir: directory of the finished cell.
+        options: of the room, resolved and JSON-able.
         metrics_path: its metrics.jsonl.
         train: summary of training (steps/train_cell.py).
         evaluation: metrics (steps/evaluate_cell.py).
@@ -52,6 +54,7 @@ class RowResult:
     error: str | None = None
     origin: str | None = None
     cell_dir: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
     metrics_path: str | None = None
     train: dict[str, Any] | None = None
     evaluation: dict[str, Any] | None = None
@@ -101,7 +104,7 @@ def build(
         hardware: description of the machine.
         versions: library versions.
     """
-    runs_dir = Path(ctx.runs_dir)
+    runs_dir, model_dir = Path(ctx.runs_dir), model.get("path")
     model, data = (below(runs_dir, told) for told in (model, data))
     results = assemble(spec, rows, bench, run_id=ctx.run_id, model=model, data=data, command=command)
     results = results.model_copy(update={"hardware": hardware or {}, "versions": versions or {}})
@@ -113,7 +116,7 @@ def build(
     (directory / "results.csv").write_text(tidy.results_csv(results))
     (directory / "report.md").write_text(render_markdown(results, lines, [p.name for p in drawn.values()]))
     write_cards(results, directory / "model_cards", tuple(drawn))
-    _link_cells(directory / "cells", rows)
+    link_cells(directory / "cells", rows, Path(model_dir) if model_dir else None)
     _publish_latest(directory)
     return ReportArtifact(
         directory=str(directory),
@@ -247,16 +250,6 @@ def git_state() -> tuple[str | None, bool | None]:
     except (OSError, subprocess.CalledProcessError):
         return None, None
     return commit.stdout.strip(), bool(status.stdout.strip())
-
-
-def _link_cells(directory: Path, rows: Sequence[RowResult]) -> None:
-    """Give every finished cell a readable path: cells/<row> -> its directory in the step cache."""
-    directory.mkdir(exist_ok=True)
-    for row in rows:
-        link = directory / row.row_id
-        link.unlink(missing_ok=True)
-        if row.cell_dir is not None:
-            link.symlink_to(os.path.relpath(row.cell_dir, directory.resolve()))
 
 
 def _publish_latest(directory: Path) -> None:

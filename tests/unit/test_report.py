@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file
 
+from steps.report import RowResult
 from steps.report.build import below
+from steps.report.cell_links import link_cells
 from steps.report.compare import PerSequence, paired_difference
 from steps.report.schema import Results
 from steps.report.summary import headline
@@ -68,6 +72,27 @@ def test_cells_have_a_readable_path(report: Any) -> None:
     cells = Path(report.directory).parent / "latest" / "cells"
     assert sorted(p.name for p in cells.iterdir()) == ["ar_tuned", "random_mask", "repr_align_all"]
     assert (cells / "random_mask" / "cell.json").is_file()
+
+
+def test_a_row_that_is_only_measured_is_a_cell_on_the_base_models_files(tmp_path: Path, tiny_source_dir: Path) -> None:
+    from dllm_core.backbone.conversion import convert
+    from dllm_core.methods.cell import load_cell, read_cell
+
+    base = tmp_path / "runs" / "cache" / "model"
+    convert(tiny_source_dir, base, alignment="shifted")
+    row = RowResult("ar", "ar", "ar", 0, "ok", False, options={"tuned": False})
+    cells = tmp_path / "runs" / "reports" / "1" / "cells"
+    cells.parent.mkdir(parents=True)
+    for _ in range(2):  # a report is written again when a run is resumed
+        link_cells(cells, [row], base)
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    found = tmp_path / "moved" / "reports" / "1" / "cells" / "ar"
+    assert read_cell(found).options == {"tuned": False}
+    weights = load_cell(found).state_dict()
+    stored = load_file(tmp_path / "moved" / "cache" / "model" / "model.safetensors")
+    assert any(torch.equal(weights[f"backbone.model.{name}"], tensor) for name, tensor in stored.items())
+    assert (found / "model.safetensors").is_symlink(), "weights are not copied"
+    assert load_cell(found).tokenizer("a").input_ids
 
 
 def test_bounds_and_exact_values_stand_in_different_columns(report: Any) -> None:

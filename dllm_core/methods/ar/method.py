@@ -9,7 +9,9 @@ from torch import Tensor
 
 from dllm_core.corruption.noise import NoiseSource
 from dllm_core.data.batch import Batch
+from dllm_core.errors import DllmError
 from dllm_core.methods.ar.options import Options
+from dllm_core.methods.ar.watching import Watcher
 from dllm_core.methods.protocol import (
     Corrupted,
     GenerationOutput,
@@ -21,6 +23,24 @@ from dllm_core.methods.protocol import (
 )
 from dllm_core.methods.single_network import FORWARD_AND_BACKWARD, SingleNetworkMethod, gather_rows
 from dllm_core.methods.token_space import per_row_mean
+from dllm_core.samplers.config import DiffusionGenerationConfig
+from dllm_core.samplers.streaming import OnDraft, Streamer
+
+_OF_DIFFUSION = (
+    "sampler_config",
+    "cache",
+    "guidance_scale",
+    "t_max",
+    "top_p",
+    "top_k",
+    "block_size",
+    "multi_block",
+    "stability_threshold",
+    "eos_token_id",
+    "record_passes",
+    "verify",
+)
+"""Settings of `DiffusionGenerationConfig` that a left-to-right decode does not have."""
 
 
 class Method(SingleNetworkMethod):
@@ -73,8 +93,69 @@ class Method(SingleNetworkMethod):
         request: SamplingRequest,
         on_draft: Callable[[Tensor, Tensor], None] | None = None,
     ) -> GenerationOutput:
-        """Decode left to right with a key-value cache; see `Method.sample`. Nothing is drafted."""
+        """Decode left to right with a key-value cache; see `Method.sample`. A token is final once it is drawn."""
+        return self._decode(prompts, request, on_draft=on_draft)
+
+    def generate(
+        self,
+        input_ids: Tensor | Sequence[Tensor],
+        generation_config: DiffusionGenerationConfig | None = None,
+        *,
+        streamer: Streamer | None = None,
+        on_draft: OnDraft | None = None,
+        sample_ids: Sequence[int] | None = None,
+    ) -> GenerationOutput:
+        """Decode left to right, called as the rows that are compared with it are.
+
+        Args:
+            input_ids: prompts, int64 [B, C] without padding, or a list of 1-D tensors of any lengths.
+            generation_config: `max_new_tokens`, `temperature`, `seed`, `stop_at_eos` and `record_history` are used.
+                `max_denoising_steps` has no meaning: there is a pass for every token.
+            streamer: transformers' streamer protocol, one prompt only; gets every token as it comes.
+            on_draft: called after each pass with (canvas, committed); the mask token stands where nothing does yet.
+            sample_ids: one id per prompt, which with the seed keys its draws; None means 0..B-1.
+
+        Returns:
+            Sequences on the CPU, prompt included.
+
+        Raises:
+            DllmError: a setting that only diffusion has, or more tokens than the model has positions for.
+        """
+        config = generation_config or DiffusionGenerationConfig()
+        default = DiffusionGenerationConfig()
+        for name in _OF_DIFFUSION:
+            if getattr(config, name) != getattr(default, name):
+                raise DllmError(
+                    f"{name} is a setting of diffusion, and this row writes token by token.",
+                    f"Leave {name} out, or take a token-space cell.",
+                )
+        request = SamplingRequest(
+            max_new_tokens=config.max_new_tokens,
+            num_steps=config.max_denoising_steps,
+            temperature=config.temperature,
+            seed=config.seed,
+            sample_ids=None if sample_ids is None else tuple(sample_ids),
+            stop_at_eos=config.stop_at_eos,
+            record_history=config.record_history,
+        )
+        return self._decode(list(input_ids), request, on_draft=on_draft, streamer=streamer)
+
+    def _decode(
+        self,
+        prompts: Sequence[Tensor],
+        request: SamplingRequest,
+        *,
+        on_draft: OnDraft | None = None,
+        streamer: Streamer | None = None,
+    ) -> GenerationOutput:
         from dllm_core.backbone.ar_decode import decode
 
         with self.measuring():
-            return decode(self.backbone, prompts, request)
+            if on_draft is None and streamer is None:
+                return decode(self.backbone, prompts, request)
+            with Watcher(
+                self.backbone, prompts, request.max_new_tokens, on_draft=on_draft, streamer=streamer
+            ) as watcher:
+                output = decode(self.backbone, prompts, request)
+        watcher.finish(output)
+        return output

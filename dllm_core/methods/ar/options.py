@@ -16,4 +16,4 @@ class Options(RoomOptions):
 
     def capabilities(self) -> Capabilities:
         """Exact likelihood and cached decoding; trains only when `tuned`."""
-        return Capabilities(trains=self.tuned, causal=True, exact_likelihood=True, exact_cache=True)
+        return Capabilities(trains=self.tuned, causal=True, exact_likelihood=True, streaming=True, exact_cache=True)
