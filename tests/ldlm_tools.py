@@ -149,7 +149,8 @@ def token_rows(networks: LatentNetworks, h_LD: Tensor) -> Tensor:
     decoder, everything = networks.token_decoder, torch.ones(len(h_LD), len(h_LD), dtype=torch.bool)
     inner_LW = h_LD @ decoder.to_width.weight.T
     inner_LW = layers_oracle.transformer(decoder.transformer, inner_LW, range(len(h_LD)), everything)
-    return decoder.log_scale.exp() * (h_LD @ decoder.straight.weight.T + inner_LW @ decoder.out.weight.T)
+    straight_LD = h_LD @ decoder.straight.weight.T + decoder.intercept_D
+    return decoder.log_scale.exp() * (straight_LD + inner_LW @ decoder.out.weight.T)
 
 
 def denoise(networks: LatentNetworks, x_LK: Tensor, t: float, before_LK: Tensor, prompt_PD: Tensor) -> Tensor:

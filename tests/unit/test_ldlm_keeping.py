@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dllm_core import DiffusionGenerationConfig, load_cell
 from dllm_core.backbone.backbone import Backbone
@@ -207,6 +208,23 @@ def test_cached_prompt_states_are_the_live_ones_and_the_first_is_hidden(converte
         store[0] *= -50.0
         resources.anchors.write(key, {method.layer: store})
     assert split_losses(method, corrupted, totals, [2], resources)[0] == loss
+
+
+def test_a_cell_from_before_the_intercept_writes_what_it_wrote(converted, tmp_path):
+    """Its weights lack one tensor, which was as good as zero; in a cell with one it matters."""
+    method = moved(Method.from_base(converted, Options(shape=SHAPE)), 0.1)
+    cell = _save(method, converted, tmp_path / "cell")
+    path, name = cell / "ldlm.safetensors", "networks.token_decoder.intercept_D"
+    tensors = load_file(path)
+    del tensors[name]
+    save_file(tensors, path)
+    found = load_cell(cell)
+    assert not found.networks.get_parameter(name.removeprefix("networks.")).any()
+    before = _texts(method)
+    method.networks.token_decoder.intercept_D.data.zero_()
+    method.ema.averages()[name.removeprefix("networks.")].zero_()
+    assert _texts(found) == _texts(method)
+    assert _texts(found) != before
 
 
 # -- what is refused ------------------------------------------------------------------------------------------------

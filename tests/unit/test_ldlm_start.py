@@ -116,6 +116,27 @@ def test_the_map_to_the_head_is_the_ridge_regression():
     design = np.r_[np.c_[standard_ND.numpy(), np.ones(N)], pull]
     fitted, *_ = np.linalg.lstsq(design, np.r_[rows, np.zeros((D, D))], rcond=None)
     np.testing.assert_allclose(closed_forms.head_map(found), fitted[:-1].T, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.mean_row_D, fitted[-1], rtol=1e-4, atol=1e-6)
+
+
+def test_an_affine_map_to_the_head_is_recovered_exactly(monkeypatch):
+    """States that are an affine image of their tokens' head rows are read without any error, the offset included."""
+    monkeypatch.setattr(closed_forms, "RIDGE", 0.0)
+    method = tiny_ldlm(move=0.0)
+    head_VD = method.head_VD.detach().float()
+    generator = torch.Generator().manual_seed(2)
+    turn_DD = torch.linalg.qr(torch.randn(HIDDEN, HIDDEN, generator=generator))[0]
+    # tokens of unlike frequency, so that the mean row is far from zero
+    ids_N = torch.randint(NUM_TOKENS, (3000,), generator=generator).minimum(torch.randint(NUM_TOKENS, (3000,)))
+    states_ND = 7.0 * (head_VD[ids_N] - 0.3) @ turn_DD + 5.0
+    found = closed_forms.gather_statistics([(states_ND, ids_N)], head_VD)
+    start.start_linear(method.networks, found, (states_ND, ids_N), head_VD, 0.5)
+    h_ND = (states_ND - found.mean_D) / found.std_D
+    decoder = method.networks.token_decoder
+    with torch.no_grad():
+        rows_ND = decoder(h_ND[None])[0] / decoder.log_scale.exp()
+    torch.testing.assert_close(rows_ND, head_VD[ids_N], rtol=1e-3, atol=1e-4)
+    assert float(found.mean_row_D.norm()) > 0.05, "an offset that matters"
 
 
 def test_the_scale_is_the_best_of_those_tried():
@@ -211,7 +232,7 @@ def test_the_linear_start_is_the_closed_forms_and_nothing_else():
     decoder_DK = start.best_decoder(found, map_KD, method.decoder_noise)
     torch.testing.assert_close(method.networks.latent_decoder(z_LK[None])[0], z_LK @ decoder_DK.T, rtol=1e-4, atol=1e-5)
     scale = method.networks.token_decoder.log_scale.exp()
-    rows_LD = scale * h_LD @ closed_forms.head_map(found).T
+    rows_LD = scale * (h_LD @ closed_forms.head_map(found).T + found.mean_row_D)
     torch.testing.assert_close(method.networks.token_decoder(h_LD[None])[0], rows_LD, rtol=1e-4, atol=1e-4)
 
 

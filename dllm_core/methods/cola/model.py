@@ -89,12 +89,11 @@ class Model(LatentMethod):
         encoder, decoder = self.networks.encoder, self.networks.decoder
         latent = self.networks.latent_dim
         form = start.closed_form(found, latent, math.exp(self.options.start_log_variance))
-        mean_row_D = found.counts_V.float() @ head_VD / found.num_tokens
         encoder.straight.weight[:latent].copy_(form.encoder_KD)
         decoder.straight.weight.copy_(form.decoder_DK)
-        decoder.straight.bias.copy_(mean_row_D)  # with nothing else known: what tokens are on average
+        decoder.straight.bias.copy_(found.mean_row_D)  # with nothing else known: what tokens are on average
         standard_ND = ((states_ND - found.mean_D) / found.std_D).clamp(-start.STATE_LIMIT, start.STATE_LIMIT)
-        outputs_ND = standard_ND @ form.encoder_KD.T @ form.decoder_DK.T + mean_row_D
+        outputs_ND = standard_ND @ form.encoder_KD.T @ form.decoder_DK.T + found.mean_row_D
         decoder.log_scale.fill_(best_log_scale(outputs_ND, ids_N, head_VD))
 
     @property

@@ -7,6 +7,8 @@ transformer whose last matrix starts at zero: with a straight path from a closed
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -65,7 +67,9 @@ class LatentMap(nn.Module):
 
 
 class TokenDecoder(nn.Module):
-    """D_w: states to the rows that read tokens out, y = straight(h) + out(transformer(h)), times a learned scale.
+    """D_w: states to the rows that read tokens out, y = straight(h) + b + out(transformer(h)), times a learned scale.
+
+    The intercept b starts at zero; cells that were saved before there was one load as with zero.
 
     Args:
         hidden: D.
@@ -75,16 +79,21 @@ class TokenDecoder(nn.Module):
     def __init__(self, hidden: int, width: int, depth: int, num_heads: int) -> None:
         super().__init__()
         self.straight = nn.Linear(hidden, hidden, bias=False)
+        self.intercept_D = nn.Parameter(torch.zeros(hidden))
         self.to_width = nn.Linear(hidden, width, bias=False)
         self.transformer = Transformer(width, depth, num_heads)
         self.out = _zero(nn.Linear(width, hidden, bias=False))
         self.log_scale = nn.Parameter(torch.zeros(1))
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        state_dict.setdefault(f"{prefix}intercept_D", torch.zeros_like(self.intercept_D))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def forward(self, h_BLD: Tensor, real_BL: Tensor | None = None) -> Tensor:
         """Return what is multiplied with the head's rows, [B, L, D]."""
         position_L = torch.arange(h_BLD.shape[1], device=h_BLD.device)
         inner_BLW = self.transformer(self.to_width(h_BLD), position_L, key_mask(real_BL))
-        return self.log_scale.exp() * (self.straight(h_BLD) + self.out(inner_BLW))
+        return self.log_scale.exp() * (self.straight(h_BLD) + self.intercept_D + self.out(inner_BLW))
 
 
 class PromptEncoder(nn.Module):

@@ -69,7 +69,7 @@ class Shape:
 
 
 class ReadOut(NamedTuple):
-    """The latent decoder, or the token decoder: straight(x) + out(inner(x)), the two matrices side by side.
+    """The latent decoder, or the token decoder: straight(x) + b + out(inner(x)), the two matrices side by side.
 
     Attributes:
         to_width: [W, inputs].
@@ -77,6 +77,7 @@ class ReadOut(NamedTuple):
         layers: of the Perceiver or transformer.
         norm: the final one.
         both: [outputs, inputs + W].
+        intercept: b of the token decoder; None for the latent decoder.
     """
 
     to_width: Tensor
@@ -84,6 +85,7 @@ class ReadOut(NamedTuple):
     layers: list[TransformerWeights]
     norm: Norm
     both: Tensor
+    intercept: Tensor | None
 
     @classmethod
     def of(cls, module: LatentMap | TokenDecoder, lay: Layout) -> ReadOut:
@@ -101,9 +103,9 @@ class ReadOut(NamedTuple):
                 )
                 for layer in layers
             ]
-            return cls(lay(module.to_width.weight), query, made, Norm.of(norm), both)
-        made = _transformer(module.transformer.blocks, lay)
-        return cls(lay(module.to_width.weight), None, made, Norm.of(module.transformer.norm), both)
+            return cls(lay(module.to_width.weight), query, made, Norm.of(norm), both, None)
+        made, norm = _transformer(module.transformer.blocks, lay), Norm.of(module.transformer.norm)
+        return cls(lay(module.to_width.weight), None, made, norm, both, module.intercept_D.detach())
 
 
 def _transformer(blocks: torch.nn.ModuleList, lay: Layout) -> list[TransformerWeights]:
@@ -274,7 +276,8 @@ class Plan:
             seen_BLW, inner_BLW = inner_BLW, inner_BLW + weights.query_W
         for layer, table in zip(weights.layers, tables, strict=True):
             inner_BLW = layer(run, inner_BLW, table, looked[0], seen_BLW)
-        return linear(torch.cat((x_BLI, run.normed(inner_BLW, *weights.norm)), dim=-1), weights.both)
+        joined_BLC = torch.cat((x_BLI, run.normed(inner_BLW, *weights.norm)), dim=-1)
+        return linear(joined_BLC, weights.both, weights.intercept)
 
     def _read_tokens(self) -> Tensor:
         rows_MD = self.outputs_BLD.flatten(0, 1)

@@ -89,6 +89,7 @@ def parameter_table(shape: Shape, base: BaseShape) -> dict[str, int]:
         "denoiser": 2 * latent * den + den * latent + latent + sizes.dit(den, shape.denoiser_depth, shape.heads(den)),
         "prompt encoder": hidden * den + sizes.transformer(den, shape.prompt_depth, shape.heads(den)),
         "token decoder": hidden * hidden
+        + hidden  # intercept
         + hidden * tok
         + tok * hidden
         + 1

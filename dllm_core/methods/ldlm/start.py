@@ -51,7 +51,8 @@ def start_linear(
     networks.latent_encoder.straight.weight.copy_(map_KD)
     networks.latent_decoder.straight.weight.copy_(best_decoder(found, map_KD, noise))
     if networks.token_head_VD is None:
-        to_head_DD = head_map(found)
-        networks.token_decoder.straight.weight.copy_(to_head_DD)
-        states_ND = ((sample[0] - found.mean_D) / found.std_D) @ to_head_DD.T
-        networks.token_decoder.log_scale.fill_(best_log_scale(states_ND, sample[1], head_VD))
+        to_head_DD, decoder = head_map(found), networks.token_decoder
+        decoder.straight.weight.copy_(to_head_DD)
+        decoder.intercept_D.copy_(found.mean_row_D)
+        rows_ND = ((sample[0] - found.mean_D) / found.std_D) @ to_head_DD.T + found.mean_row_D
+        decoder.log_scale.fill_(best_log_scale(rows_ND, sample[1], head_VD))
