@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dllm_core.kernels.token_stats import stats
+from dllm_core.kernels.token_stats import argmax, stats
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7])
@@ -64,3 +64,12 @@ def test_bf16_weights_give_fp32_statistics() -> None:
     got = stats(hidden, weight)
     assert got.top_logprob_M.dtype == torch.float32
     torch.testing.assert_close(got.top_logprob_M, stats(hidden.float(), weight.float()).top_logprob_M, atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize(("rows", "vocab"), [(3, 5), (4, 1024), (4, 2048), (5, 2500), (2, 1025)])
+def test_argmax_takes_the_lowest_of_equals(rows: int, vocab: int) -> None:
+    logits_MV = torch.randint(3, (rows, vocab), generator=torch.Generator().manual_seed(vocab)).bfloat16()
+    assert torch.equal(argmax(logits_MV), logits_MV.double().argmax(-1))
+    last_MV = torch.zeros(rows, vocab)
+    last_MV[:, -1] = 1
+    assert argmax(last_MV).tolist() == [vocab - 1] * rows

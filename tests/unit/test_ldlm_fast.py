@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dllm_core.errors import DllmError
+from dllm_core.layers import packed_linear
 from dllm_core.layers.attention import Attention, joined, rotation
 from dllm_core.methods.ldlm import fast, generation, packed, parts, plans
 from dllm_core.methods.ldlm.method import Method
@@ -229,15 +229,6 @@ def test_copies_make_plans_of_their_own() -> None:
 # -- the pieces ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("rows", "vocab"), [(3, 5), (4, 1024), (4, 2048), (5, 2500), (2, 1025)])
-def test_argmax_takes_the_lowest_of_equals(rows: int, vocab: int) -> None:
-    logits_MV = torch.randint(3, (rows, vocab), generator=torch.Generator().manual_seed(vocab)).bfloat16()
-    assert torch.equal(packed.argmax(logits_MV), logits_MV.double().argmax(-1))
-    last_MV = torch.zeros(rows, vocab)
-    last_MV[:, -1] = 1
-    assert packed.argmax(last_MV).tolist() == [vocab - 1] * rows
-
-
 @pytest.mark.parametrize("implementation", [parts.place_eager, parts.place_fused])
 def test_placed_heads_attend_as_the_module_does(implementation: Any) -> None:
     torch.manual_seed(0)
@@ -282,21 +273,8 @@ def test_steps_in_tensors_and_in_numbers_agree() -> None:
     torch.testing.assert_close(a[..., 4:], x0_hat)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_reordered_weights_multiply_alike(dtype: torch.dtype) -> None:
-    if not packed.reorders(dtype):
-        pytest.skip("this torch does not reorder weights")
-    x, weight, bias = torch.randn(2, 5, 24).to(dtype), torch.randn(40, 24).to(dtype), torch.randn(40).to(dtype)
-    laid = packed.layout(torch.device("cpu"), dtype, 10)(weight)
-    assert laid.is_mkldnn
-    exact = F.linear(x.double(), weight.double(), bias.double())
-    bound = 1e-6 if dtype is torch.float32 else 5e-3
-    assert error(packed.linear(x, laid, bias), exact) < bound
-    assert error(packed.linear(x, laid, bias, gelu=True), F.gelu(exact, approximate="tanh")) < bound
-
-
 def test_without_reordering_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "reorders", lambda dtype: False)
+    monkeypatch.setattr(packed_linear, "reorders", lambda dtype: False)
     method = model()
     latents_BLK, tokens_BL, fast_BLK, fast_BL = both(method, job(method, 3, solver="sde"))
     assert error(fast_BLK, latents_BLK) < LATENT_TOLERANCE[torch.float32]

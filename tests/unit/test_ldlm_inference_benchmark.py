@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import _report, ceilings, latent_models, ldlm_inference
-from dllm_core.methods.ldlm import packed
+from dllm_core.layers import packed_linear
 from dllm_core.methods.ldlm.fast import FastSampler
 from dllm_core.methods.ldlm.plans import Plan
 from dllm_core.methods.ldlm.plans import Shape as Work
@@ -184,7 +184,7 @@ def test_weights_are_those_that_a_generation_reads(name: str) -> None:
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_operations_are_those_that_torch_counts(monkeypatch: pytest.MonkeyPatch, guidance: float) -> None:
-    monkeypatch.setattr(packed, "reorders", lambda dtype: False)  # torch does not count oneDNN's own products
+    monkeypatch.setattr(packed_linear, "reorders", lambda dtype: False)  # torch does not count oneDNN's own products
     method = latent_models.random_model("smoke", CPU, torch.bfloat16, 0)  # in bf16 attention is two plain products
     work = Work(2, 8, 16, 3, "ddim", guidance)
     plan = FastSampler(method).plan(work)

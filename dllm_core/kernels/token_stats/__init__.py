@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dllm_core.kernels.dispatch import choose, product_dtype
 from dllm_core.kernels.token_stats import reference
-from dllm_core.kernels.token_stats.reference import TokenStats
+from dllm_core.kernels.token_stats.reference import TokenStats, argmax
 
 
 def implementation(device: torch.device | str, dtype: torch.dtype) -> tuple[str, str]:
@@ -44,4 +44,4 @@ def stats(
     return triton.stats(hidden_MD, weight_VD, blocked_V, second=second, entropy=entropy)
 
 
-__all__ = ["TokenStats", "implementation", "stats"]
+__all__ = ["TokenStats", "argmax", "implementation", "stats"]

@@ -9,8 +9,6 @@ attention reads them, behind those of a prefix; 1 + scale and everything else th
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -19,51 +17,8 @@ from torch.nn import functional as F
 
 from dllm_core.layers.attention import LONGEST_PLAIN, Attention, rotation
 from dllm_core.layers.feedforward import FeedForward
+from dllm_core.layers.packed_linear import Layout, linear
 from dllm_core.methods.ldlm import parts
-
-ARGMAX_PIECE = 1024
-
-Layout = Callable[[Tensor], Tensor]
-"""A weight as it is -> as it is multiplied with."""
-
-
-@cache
-def reorders(dtype: torch.dtype) -> bool:
-    """Say whether this torch multiplies with weights that oneDNN has reordered on the CPU, and gets it right."""
-    x, weight = torch.randn(3, 32).to(dtype), torch.randn(48, 32).to(dtype)
-    try:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 3)
-        found = torch.ops.mkldnn._linear_pointwise(x, packed, None, "gelu", [], "tanh")
-    except (AttributeError, RuntimeError):
-        return False
-    expected = F.gelu(F.linear(x.double(), weight.double()), approximate="tanh")
-    return packed.is_mkldnn and bool((found.double() - expected).norm() < 1e-2 * expected.norm())
-
-
-def layout(device: torch.device, dtype: torch.dtype, rows: int) -> Layout:
-    """Return how weights are laid out: reordered once for oneDNN on a CPU, as they are elsewhere.
-
-    Left as they are, oneDNN would reorder bf16 weights in every product, and fp32 products would go to a library that
-    is several times slower on some CPUs.
-
-    Args:
-        device: of the weights.
-        dtype: of weights and states.
-        rows: rows of a typical product.
-    """
-    if device.type != "cpu" or not reorders(dtype):
-        return lambda weight: weight.detach()
-    return lambda weight: torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
-    """Return x weight^T + bias, through GELU (tanh form) where asked; `weight` as `layout` returned it."""
-    if weight.is_mkldnn:
-        name, form = ("gelu", "tanh") if gelu else ("none", "")
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], form)
-        return out
-    out = F.linear(x, weight, bias)
-    return F.gelu(out, approximate="tanh") if gelu else out
 
 
 class AttentionWeights(NamedTuple):
@@ -259,21 +214,3 @@ def dit_block(
     branch = attention(run, run.modulated(x_BLW, m.shift_a, m.scale_a), weights.attention, table, looked)
     x_BLW, normed_BLW = run.gated_modulated(x_BLW, m.gate_a, branch, m.shift_f, m.scale_f)
     return torch.addcmul(x_BLW, m.gate_f, weights.feedforward(normed_BLW))
-
-
-def argmax(logits_MV: Tensor) -> Tensor:
-    """Return int64 [M], the lowest id among equals.
-
-    By pieces: maxima without places pass over memory several times faster on a CPU than `torch.argmax` does, and on a
-    GPU there is work for every multiprocessor.
-    """
-    vocab = logits_MV.shape[-1]
-    whole = vocab // ARGMAX_PIECE * ARGMAX_PIECE
-    best = [logits_MV[:, :whole].unflatten(-1, (-1, ARGMAX_PIECE)).amax(-1)] if whole else []
-    if whole < vocab:
-        best.append(logits_MV[:, whole:].amax(-1, keepdim=True))
-    start_M1 = torch.cat(best, dim=-1).argmax(-1, keepdim=True) * ARGMAX_PIECE
-    within = torch.arange(ARGMAX_PIECE, device=logits_MV.device)
-    # past the end the last id stands again: behind itself, where it cannot win against itself
-    candidates = logits_MV.gather(-1, (start_M1 + within).clamp(max=vocab - 1))
-    return start_M1[:, 0] + candidates.argmax(-1)

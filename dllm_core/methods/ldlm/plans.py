@@ -13,23 +13,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dllm_core.kernels.token_stats import argmax
 from dllm_core.layers.attention import NORM_EPS
+from dllm_core.layers.packed_linear import Layout, layout, linear
 from dllm_core.methods.ldlm import parts
 from dllm_core.methods.ldlm.networks import LatentMap, TokenDecoder, prompt_positions
 from dllm_core.methods.ldlm.packed import (
     AttentionWeights,
     DiTWeights,
     FeedForwardWeights,
-    Layout,
     Looked,
     Modulation,
     Norm,
     Table,
     TransformerWeights,
-    argmax,
     dit_block,
-    layout,
-    linear,
     look_at,
 )
 from dllm_core.samplers.continuous import STOCHASTIC, Solver
