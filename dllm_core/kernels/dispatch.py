@@ -34,24 +34,22 @@ def choose(operation: str, device: torch.device, dtype: torch.dtype) -> tuple[st
     Raises:
         DllmError: the variable holds an unknown word, or asks for Triton where it cannot run.
     """
-    wish = os.environ.get("DLLM_KERNELS", "auto")
-    if wish not in CHOICES:
-        raise DllmError(f"DLLM_KERNELS='{wish}' is not a choice.", did_you_mean(wish, CHOICES))
-    name, reason = "reference", f"DLLM_KERNELS={wish}"
-    if wish != "reference":
+    wished = wish()
+    name, reason = "reference", f"DLLM_KERNELS={wished}"
+    if wished != "reference":
         obstacle = triton_obstacle(device, dtype)
-        if obstacle is not None and wish == "triton":
+        if obstacle is not None and wished == "triton":
             raise DllmError(
                 f"DLLM_KERNELS=triton, but {operation} cannot run through Triton here: {obstacle}.",
                 "Set DLLM_KERNELS to auto or reference.",
             )
         # the interpreter is for tests: nobody wants it by default
-        if obstacle is None and wish == "auto" and interpreted():
+        if obstacle is None and wished == "auto" and interpreted():
             obstacle = "Triton would only be interpreted (TRITON_INTERPRET=1)"
         name = "triton" if obstacle is None else "reference"
-        if wish == "auto":
+        if wished == "auto":
             reason = f"DLLM_KERNELS=auto: {obstacle or 'a GPU that Triton compiles for'}"
-    _announce(operation, name, reason)
+    announce(operation, name, reason)
     return name, reason
 
 
@@ -60,8 +58,21 @@ def choices(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     return {operation: "{} ({})".format(*choose(operation, device, dtype)) for operation in OPERATIONS}
 
 
+def wish() -> str:
+    """Return what the environment variable DLLM_KERNELS asks for.
+
+    Raises:
+        DllmError: a word that is none of `CHOICES`.
+    """
+    wished = os.environ.get("DLLM_KERNELS", "auto")
+    if wished not in CHOICES:
+        raise DllmError(f"DLLM_KERNELS='{wished}' is not a choice.", did_you_mean(wished, CHOICES))
+    return wished
+
+
 @cache
-def _announce(operation: str, name: str, reason: str) -> None:
+def announce(operation: str, name: str, reason: str) -> None:
+    """Log once which implementation of an operation runs, and why."""
     _log.info("%s runs its %s implementation (%s)", operation, name, reason)
 
 

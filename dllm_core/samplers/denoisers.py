@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dllm_core.backbone import masks
+from dllm_core.backbone.quick_pass import pass_for
 from dllm_core.backbone.slot_cache import SlotCache
 from dllm_core.errors import DllmError
 from dllm_core.samplers.blocks import Span
@@ -82,10 +83,11 @@ class FullCanvas:
     Args:
         backbone: the model.
         shape: of the canvas.
+        quick: with kernels made for decoding, where there are any for the model.
     """
 
-    def __init__(self, backbone: Backbone, shape: Shape) -> None:
-        self.backbone, self.shift = backbone, shift_of(backbone)
+    def __init__(self, backbone: Backbone, shape: Shape, *, quick: bool = True) -> None:
+        self.shift, self.run = shift_of(backbone), pass_for(backbone, quick=quick)
         self.attention_mask_B1CC = None
         block_size = model_block_size(backbone)
         if shape.is_padded or block_size:
@@ -94,8 +96,7 @@ class FullCanvas:
 
     def predict(self, canvas_BC: Tensor, spans: Sequence[Span | None], where_M: Tensor) -> Tensor:
         """Return hidden_MD; see `Denoiser`."""
-        states_BCD = self.backbone.hidden(canvas_BC, causal=False, attention_mask_B1LM=self.attention_mask_B1CC)
-        return states_BCD.flatten(0, 1).index_select(0, where_M - self.shift)
+        return self.run(canvas_BC, row_M=where_M - self.shift, attention_mask_B1LM=self.attention_mask_B1CC)
 
 
 def canvas_mask(real_BC: Tensor | None, length: int, block_size: int | None, device: torch.device) -> Tensor:
@@ -127,8 +128,8 @@ class CachedCanvas:
 
     def __init__(self, backbone: Backbone, shape: Shape, policy: Policy, block_size: int | None) -> None:
         backbone.check_length(shape.length)
-        self.backbone, self.shape, self.policy, self.block_size = backbone, shape, policy, block_size
-        self.shift, self.device = shift_of(backbone), backbone.device
+        self.shape, self.policy, self.block_size = shape, policy, block_size
+        self.shift, self.device, self.run = shift_of(backbone), backbone.device, pass_for(backbone)
         self.cache = SlotCache(backbone.num_layers, shape.length + 1)
         self.real_BC = shape.real_BC(self.device) if shape.is_padded else None
         self.edge_B1D: Tensor | None = None
@@ -165,9 +166,8 @@ class CachedCanvas:
         if all((s.start, s.stop) == (start, start + width) for s in stretches):
             slots_L = torch.arange(start, start + width, device=self.device)
             mask = self._mask(slots_L[None], visible, stretches)
-            return self.backbone.hidden(
+            return self.run(
                 canvas_BC[:, start : start + width],
-                causal=False,
                 position_BL=slots_L[None],
                 attention_mask_B1LM=mask,
                 cache=self.cache.at(start, visible=visible),
@@ -177,9 +177,8 @@ class CachedCanvas:
         position_BL = start_B1 + torch.arange(width, device=self.device)
         slot_BL = torch.where(position_BL < stop_B1, position_BL, length)
         position_BL = position_BL.clamp(max=length - 1)
-        return self.backbone.hidden(
+        return self.run(
             canvas_BC.gather(1, position_BL),
-            causal=False,
             position_BL=position_BL,
             attention_mask_B1LM=self._mask(position_BL, visible, stretches),
             cache=self.cache.at(slot_BL, visible=visible),
@@ -216,14 +215,20 @@ class GuidedCanvas:
         return self.inner.predict(torch.cat((canvas_BC, without_BC)), (*spans, *spans), where_2M)
 
 
-def denoiser_for(backbone: Backbone, shape: Shape, cache: CacheConfig) -> Denoiser:
+def denoiser_for(backbone: Backbone, shape: Shape, cache: CacheConfig, *, quick: bool = True) -> Denoiser:
     """Return the denoiser that the settings ask for.
+
+    Args:
+        backbone: the model.
+        shape: of the canvas.
+        cache: keys and values to keep.
+        quick: see `FullCanvas`; caches are always run that way.
 
     Raises:
         DllmError: a cache that the model's attention does not allow, or a canvas longer than the model.
     """
     if cache.kind == "none":
-        return FullCanvas(backbone, shape)
+        return FullCanvas(backbone, shape, quick=quick)
     block_size = model_block_size(backbone)
     if cache.kind == "exact" and block_size is None:
         raise DllmError(

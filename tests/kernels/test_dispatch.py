@@ -76,7 +76,7 @@ def test_the_interpreter_is_only_used_on_demand(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_choices_name_every_operation_and_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    dispatch._announce.cache_clear()
+    dispatch.announce.cache_clear()
     with caplog.at_level(logging.INFO, dispatch.__name__):
         for _ in range(3):
             found = dispatch.choices(CPU, torch.float32)

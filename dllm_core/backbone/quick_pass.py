@@ -1,0 +1,357 @@
+"""One pass of a gated decoder (llama, qwen2, qwen3) for decoding on a CPU: transformers' maths, other kernels.
+
+What makes it faster, most first: matrices are reordered once for oneDNN instead of in every product; activation, gate
+and residual are part of the product before them; query heads that share keys attend in one product, without copies of
+those keys; rotary tables are made once; the last block goes on with the rows that are asked for only. In fp32 it
+differs from `Backbone.hidden` by the order of additions. In bf16 it rounds less often.
+
+B batch, L tokens run, R = B L rows, M rows asked for (of a mask: visible keys), D hidden, K key heads, G query heads
+that share a key head, H head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from dllm_core.backbone import attention
+from dllm_core.kernels import dispatch
+from dllm_core.layers.attention import is_plain
+from dllm_core.layers.packed_linear import Layout, gated, layout, linear, linear_plus
+
+if TYPE_CHECKING:
+    from dllm_core.backbone.backbone import Backbone
+    from dllm_core.backbone.slot_cache import SlotCache
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+TYPICAL_ROWS = 160
+LARGEST_COPY = 2**31
+"""Bytes of a decoder's matrices up to which reordered copies of them are kept beside it: 1 billion weights in bf16."""
+PROBED_EVERY = 32
+"""One row in so many tells whether a matrix was written to behind autograd's back."""
+
+
+class Norm(NamedTuple):
+    """A root-mean-square norm (arXiv 1910.07467): weight and what is added to the mean square."""
+
+    weight: Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Norm:
+        """Take a module's weight."""
+        found: Any = module
+        return cls(found.weight.detach(), float(found.variance_epsilon))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the normalised last dimension; in fp32, rounded before the weight comes in, as transformers does."""
+        wide = x.float()
+        scale = wide.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()
+        return (wide * scale).to(x.dtype).mul_(self.weight)
+
+
+class Product(NamedTuple):
+    """A matrix as `layout` returned it, and its bias."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, module: nn.Linear, lay: Layout) -> Product:
+        """Take a module's weights."""
+        return cls(lay(module.weight), None if module.bias is None else module.bias.detach())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the product, with its bias."""
+        return linear(x, self.weight, self.bias)
+
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        """Return the product added to another tensor."""
+        return linear_plus(x, self.weight, other, self.bias)
+
+
+class BlockWeights(NamedTuple):
+    """Of one block; the attention module says how heads are grouped and scaled."""
+
+    attention: Any
+    input_norm: Norm
+    query: Product
+    key: Product
+    value: Product
+    query_norm: Norm | None
+    key_norm: Norm | None
+    out: Product
+    inner_norm: Norm
+    gate: Product
+    up: Product
+    down: Product
+
+    @classmethod
+    def of(cls, block: Any, lay: Layout) -> BlockWeights:
+        """Take a block's weights."""
+        heads, mlp = block.self_attn, block.mlp
+        per_head = [Norm.of(getattr(heads, name)) if hasattr(heads, name) else None for name in ("q_norm", "k_norm")]
+        return cls(
+            heads,
+            Norm.of(block.input_layernorm),
+            *(Product.of(m, lay) for m in (heads.q_proj, heads.k_proj, heads.v_proj)),
+            *per_head,
+            Product.of(heads.o_proj, lay),
+            Norm.of(block.post_attention_layernorm),
+            *(Product.of(m, lay) for m in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)),
+        )
+
+
+class Rotation(NamedTuple):
+    """Tables [B or 1, L, 1, H]: turned = x * cos + (x with the halves of a head exchanged) * sin (arXiv 2104.09864)."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def of(cls, cos_BLH: Tensor, sin_BLH: Tensor) -> Rotation:
+        """Take transformers' tables, in which a head's halves stand side by side."""
+        first, second = sin_BLH.chunk(2, dim=-1)
+        return cls(cos_BLH[:, :, None], torch.cat((-first, second), dim=-1)[:, :, None])
+
+    def scaled(self, scale: float) -> Rotation:
+        """Return tables that scale as they turn."""
+        return Rotation(self.cos * scale, self.sin * scale)
+
+    def turn(self, x_BLNH: Tensor) -> Tensor:
+        """Return the turned heads as attention reads them, [B, N, L, H] without gaps."""
+        batch, length, heads, width = x_BLNH.shape
+        out_BNLH = x_BLNH.new_empty(batch, heads, length, width)
+        exchanged_BLNH = x_BLNH.roll(width // 2, -1)
+        torch.addcmul(x_BLNH * self.cos, exchanged_BLNH, self.sin, out=out_BNLH.transpose(1, 2))
+        return out_BNLH
+
+
+class DecoderPass(Protocol):
+    """Runs a decoder both ways on a canvas, whole or in part."""
+
+    def __call__(
+        self,
+        input_ids_BL: Tensor,
+        *,
+        row_M: Tensor | None = None,
+        position_BL: Tensor | None = None,
+        attention_mask_B1LM: Tensor | None = None,
+        cache: SlotCache | None = None,
+    ) -> Tensor:
+        """Return the states after the final norm: [B, L, D], or [M, D] of the rows asked for.
+
+        Args:
+            input_ids_BL: int64.
+            row_M: int64; flat indices b * L + l.
+            position_BL: with a cache, positions of the tokens, [B or 1, L].
+            attention_mask_B1LM: bool, True where query sees key; None is everywhere.
+            cache: as for `Backbone.hidden`.
+        """
+
+
+class PlainPass:
+    """The pass through transformers' modules.
+
+    Args:
+        backbone: the model.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+
+    def __call__(self, input_ids_BL: Tensor, *, row_M: Tensor | None = None, **options: Any) -> Tensor:
+        """Return states; see `DecoderPass`."""
+        states_BLD = self.backbone.hidden(input_ids_BL, causal=False, **options)
+        return states_BLD if row_M is None else states_BLD.flatten(0, 1).index_select(0, row_M)
+
+
+class QuickPass:
+    """The pass of a decoder that `obstacle` has nothing against. Without gradients.
+
+    Weights are laid out at the first pass of a backbone, which takes about as long as a pass, and anew when they have
+    changed. Memory: where oneDNN reorders them, as much again as the decoder's matrices.
+
+    Args:
+        backbone: the model.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone, self.weights = backbone, laid_out(backbone)
+        self._turns: tuple[int, tuple[Rotation, Rotation]] | None = None
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        input_ids_BL: Tensor,
+        *,
+        row_M: Tensor | None = None,
+        position_BL: Tensor | None = None,
+        attention_mask_B1LM: Tensor | None = None,
+        cache: SlotCache | None = None,
+    ) -> Tensor:
+        """Return states; see `DecoderPass`."""
+        backbone, (batch, length) = self.backbone, input_ids_BL.shape
+        if cache is None:
+            backbone.check_length(length)
+        else:
+            cache.require_room(length)
+        x_BLD: Tensor = backbone.model.get_input_embeddings()(input_ids_BL)
+        turns = self._rotations(x_BLD, position_BL)
+        x_RD = x_BLD.flatten(0, 1)
+        last = len(self.weights.blocks) - 1
+        for layer, block in enumerate(self.weights.blocks):
+            normed_BLD = block.input_norm(x_RD).view(x_BLD.shape)
+            out_BLW = _attend(block, normed_BLD, turns, attention_mask_B1LM, cache, layer)
+            out_RW = out_BLW.flatten(0, 1)
+            if layer == last and row_M is not None:
+                out_RW, x_RD = out_RW.index_select(0, row_M), x_RD.index_select(0, row_M)
+            x_RD = block.out.plus(out_RW, x_RD)
+            inner_RI = gated(block.inner_norm(x_RD), block.gate.weight, block.up.weight, block.gate.bias, block.up.bias)
+            x_RD = block.down.plus(inner_RI, x_RD)
+        x_RD = self.weights.final_norm(x_RD)
+        return x_RD.view(batch, length, -1) if row_M is None else x_RD
+
+    def _rotations(self, x_BLD: Tensor, position_BL: Tensor | None) -> tuple[Rotation, Rotation]:
+        """Return the tables of queries, which hold the scale of attention, and of keys."""
+        length = x_BLD.shape[1]
+        if position_BL is None and self._turns is not None and self._turns[0] == length:
+            return self._turns[1]
+        places_BL = torch.arange(length, device=x_BLD.device)[None] if position_BL is None else position_BL
+        rotary: Any = self.backbone.decoder.rotary_emb
+        keys = Rotation.of(*rotary(x_BLD, places_BL))
+        found = keys.scaled(self.weights.blocks[0].attention.scaling), keys
+        if position_BL is None:
+            self._turns = length, found
+        return found
+
+
+def _attend(
+    block: BlockWeights,
+    normed_BLD: Tensor,
+    turns: tuple[Rotation, Rotation],
+    mask_B1LM: Tensor | None,
+    cache: SlotCache | None,
+    layer: int,
+) -> Tensor:
+    """Return what the heads found, [B, L, N H], before the matrix that joins them."""
+    width = block.attention.head_dim
+    query_BLNH, key_BLKH, value_BLKH = (
+        product(normed_BLD).unflatten(-1, (-1, width)) for product in (block.query, block.key, block.value)
+    )
+    if block.query_norm is not None and block.key_norm is not None:
+        query_BLNH, key_BLKH = block.query_norm(query_BLNH), block.key_norm(key_BLKH)
+    query_BNLH, key_BKMH = (turn.turn(x) for turn, x in zip(turns, (query_BLNH, key_BLKH), strict=True))
+    value_BKMH = value_BLKH.transpose(1, 2)
+    if cache is not None:
+        key_BKMH, value_BKMH = cache.update(key_BKMH, value_BKMH, layer)
+    if is_plain(query_BNLH, key_BKMH):
+        return _grouped_attention(query_BNLH, key_BKMH, value_BKMH, mask_B1LM).transpose(1, 2).flatten(2)
+    found_BLNH, _ = attention.attention(
+        block.attention, query_BNLH, key_BKMH, value_BKMH, mask_B1LM, scaling=1.0, is_causal=False
+    )
+    return found_BLNH.flatten(2)
+
+
+def _grouped_attention(query_BNLH: Tensor, key_BKMH: Tensor, value_BKMH: Tensor, mask_B1LM: Tensor | None) -> Tensor:
+    """Return softmax(q k) v, [B, N, L, H]: the query heads of a key head are one product, keys are not repeated."""
+    batch, heads, length, width = query_BNLH.shape
+    shared = key_BKMH.shape[1]
+    scores_BKQM = torch.matmul(query_BNLH.view(batch, shared, -1, width), key_BKMH.transpose(2, 3))
+    if mask_B1LM is not None:
+        scores_BKGLM = scores_BKQM.view(batch, shared, heads // shared, length, -1)
+        # not -inf, whose softmax is NaN where nothing is seen
+        scores_BKGLM.masked_fill_(~mask_B1LM[:, :, None], torch.finfo(scores_BKGLM.dtype).min)
+    return torch.matmul(torch.softmax(scores_BKQM, -1), value_BKMH).view(query_BNLH.shape)
+
+
+class LaidOut:
+    """A decoder's weights as `QuickPass` reads them.
+
+    Args:
+        backbone: the model.
+        state: from `_state`; what the weights were when they were laid out.
+    """
+
+    def __init__(self, backbone: Backbone, state: object) -> None:
+        self.state = state
+        matrices: Any = [module.weight for module in _linears(backbone)]
+        size = sum(weight.numel() * weight.element_size() for weight in matrices)
+        lay: Layout = torch.Tensor.detach
+        if size <= LARGEST_COPY:
+            lay = layout(backbone.device, matrices[0].dtype, TYPICAL_ROWS)
+        self.blocks = [BlockWeights.of(block, lay) for block in backbone.layers]
+        self.final_norm = Norm.of(getattr(backbone.decoder, backbone.family.norm))
+
+
+_kept: WeakKeyDictionary[Backbone, LaidOut] = WeakKeyDictionary()
+
+
+def laid_out(backbone: Backbone) -> LaidOut:
+    """Return a backbone's weights, laid out anew if they have changed in place or been replaced."""
+    state, kept = _state(backbone), _kept.get(backbone)
+    if kept is None or kept.state != state:
+        _kept.pop(backbone, None)  # before the next copy is made
+        _kept[backbone] = kept = LaidOut(backbone, state)
+    return kept
+
+
+@torch.no_grad()
+def _state(backbone: Backbone) -> object:
+    weights = [weight.detach() for weight in backbone.decoder.parameters()]
+    counts = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
+    # writing through `.data` counts nowhere
+    probes = torch.stack([_bits(weight[::PROBED_EVERY]).sum() for weight in weights if weight.dim() == 2])
+    return counts, probes.tolist()
+
+
+def _bits(matrix: Tensor) -> Tensor:
+    return matrix.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[matrix.element_size()])
+
+
+def obstacle(backbone: Backbone) -> str | None:
+    """Return why decoding has to go through transformers' modules, None where a quick pass gives the same."""
+    if dispatch.wish() == "reference":
+        return "DLLM_KERNELS=reference"
+    config, decoder = backbone.config, backbone.decoder
+    if backbone.device.type != "cpu":
+        return f"the model is on {backbone.device.type}"
+    if config.model_type not in FAMILIES:
+        return f"it is not written for {config.model_type}"
+    if config.hidden_act != "silu":
+        return f"it is not written for {config.hidden_act}"
+    if config._attn_implementation != attention.NAME:
+        return f"attention is set to {config._attn_implementation}"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    for module in decoder.modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            return "modules have hooks"
+        if module._compiled_call_impl is not None:
+            return "the decoder is compiled"
+    if any(type(module) is not nn.Linear for module in _linears(backbone)):
+        return "its matrices are not plain ones"
+    return None
+
+
+def _linears(backbone: Backbone) -> Iterator[nn.Module]:
+    block: Any
+    for block in backbone.layers:
+        heads, mlp = block.self_attn, block.mlp
+        yield from (heads.q_proj, heads.k_proj, heads.v_proj, heads.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+
+
+def pass_for(backbone: Backbone, *, quick: bool = True) -> DecoderPass:
+    """Return the quickest pass there is for a backbone, or transformers' own; which one and why is logged once."""
+    if not quick:
+        return PlainPass(backbone)
+    reason = obstacle(backbone)
+    if reason is not None:
+        dispatch.announce("decoder pass", "reference", reason)
+        return PlainPass(backbone)
+    dispatch.announce("decoder pass", "quick", f"{backbone.config.model_type} on a CPU")
+    return QuickPass(backbone)

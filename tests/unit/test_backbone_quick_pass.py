@@ -1,0 +1,301 @@
+"""The quick pass against transformers' modules: same states, and it steps aside where it would not give them."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from dllm_core.backbone import masks, quick_pass
+from dllm_core.backbone.backbone import Backbone
+from dllm_core.backbone.contract import Contract
+from dllm_core.backbone.slot_cache import SlotCache
+from dllm_core.samplers.config import DiffusionGenerationConfig
+from dllm_core.samplers.loop import generate
+from tests.tiny import NUM_TOKENS, tiny_backbone, tiny_config
+
+GATED = ("llama", "qwen2", "qwen3")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "stretched positions": {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0}},
+    "one key head": {"num_key_value_heads": 1},
+    "wide heads": {"head_dim": 12},
+}
+
+
+def ids(*shape: int) -> Tensor:
+    return torch.randint(NUM_TOKENS, shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+def quick(backbone: Backbone) -> quick_pass.QuickPass:
+    found = quick_pass.pass_for(backbone)
+    assert isinstance(found, quick_pass.QuickPass), quick_pass.obstacle(backbone)
+    return found
+
+
+def variant(name: str) -> Backbone:
+    config = tiny_config("llama")
+    for key, value in VARIANTS[name].items():
+        setattr(config, key, value)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return Backbone(model, Contract(mask_token_id=NUM_TOKENS, num_tokens=NUM_TOKENS, alignment="shifted"))
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+
+
+def attention_masks(batch: int, length: int) -> list[Tensor | None]:
+    documents = torch.zeros(batch, length, dtype=torch.long)
+    documents[-1, length // 2 :] = -1
+    block = torch.arange(length) // 4
+    blocks = (block[:, None] >= block)[None, None]
+    padded = masks.document_mask(documents, causal=False)
+    return [None, padded, blocks, blocks & padded]
+
+
+# -- the same states --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("kind", [*GATED, *VARIANTS])
+def test_states_are_those_of_the_modules(kind: str, batch: int) -> None:
+    backbone = tiny_backbone(kind, layers=3) if kind in GATED else variant(kind)
+    run, canvas = quick(backbone), ids(batch, 11)
+    asked = torch.tensor([0, 10, 3, batch * 11 - 1])
+    for mask in attention_masks(batch, 11):
+        with torch.no_grad():
+            expected = backbone.hidden(canvas, causal=False, attention_mask_B1LM=mask)
+        close(run(canvas, attention_mask_B1LM=mask), expected)
+        close(run(canvas, attention_mask_B1LM=mask, row_M=asked), expected.flatten(0, 1)[asked])
+
+
+@pytest.mark.parametrize("kind", GATED)
+def test_states_from_a_cache_are_those_of_the_modules(kind: str) -> None:
+    """A prefix, a stretch behind it, and rows that stand at different places; each after what came before."""
+    backbone = tiny_backbone(kind, layers=3)
+    caches = [SlotCache(backbone.num_layers, 16) for _ in range(2)]
+    run, canvas = quick(backbone), ids(2, 16)
+    scattered = torch.stack((torch.arange(3, 8), torch.arange(9, 14)))
+    some = torch.rand(2, 1, 5, 16, generator=torch.Generator().manual_seed(1)) < 0.7
+    some[..., 0] = True
+    for at, visible, position, mask in (
+        (0, 9, torch.arange(9)[None], None),
+        (9, 16, torch.arange(9, 16)[None], None),
+        (9, 16, torch.arange(9, 14)[None], some),
+        (scattered, None, scattered, some),
+        (scattered, None, scattered, None),
+    ):
+        length = position.shape[1]
+        tokens = canvas[:, :length]
+        slots = [cache.at(at, visible=visible) for cache in caches]
+        with torch.no_grad():
+            expected = backbone.hidden(
+                tokens, causal=False, position_BL=position, attention_mask_B1LM=mask, cache=slots[0]
+            )
+        found = run(tokens, position_BL=position, attention_mask_B1LM=mask, cache=slots[1])
+        close(found, expected)
+    for one, other in zip(caches[0].layers, caches[1].layers, strict=True):
+        close(other.keys, one.keys)
+        close(other.values, one.values)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("kind", GATED)
+def test_bf16_is_as_close_to_float64_as_the_modules_are(kind: str, batch: int) -> None:
+    """Over many canvases, since roundings are a matter of luck; plain attention in groups, with and without masks."""
+    backbone = tiny_backbone(kind, layers=3).to(torch.bfloat16)
+    exact = copy.deepcopy(backbone).double()
+    run = quick(backbone)
+    errors = torch.zeros(2, dtype=torch.float64)
+    for seed in range(12):
+        canvas = torch.randint(NUM_TOKENS, (batch, 13), generator=torch.Generator().manual_seed(seed))
+        for mask in attention_masks(batch, 13):
+            with torch.no_grad():
+                expected = exact.hidden(canvas, causal=False, attention_mask_B1LM=mask)
+                usual = backbone.hidden(canvas, causal=False, attention_mask_B1LM=mask)
+            found = run(canvas, attention_mask_B1LM=mask)
+            errors += torch.stack([(x.double() - expected).square().sum() for x in (found, usual)])
+            assert (found.double() - expected).norm() < 0.2 * expected.norm()
+    assert errors[0] < 1.3 * errors[1]
+
+
+def test_a_long_canvas_takes_the_kernel_for_long_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_backbone("qwen3").to(torch.bfloat16)
+    canvas = ids(2, 13)
+    short = quick(backbone)(canvas)
+    calls = []
+    sdpa = quick_pass.attention.sdpa_attention_forward
+    monkeypatch.setattr("dllm_core.layers.attention.LONGEST_PLAIN", 12)
+    monkeypatch.setattr(
+        quick_pass.attention, "sdpa_attention_forward", lambda *a, **k: (calls.append(1), sdpa(*a, **k))[1]
+    )
+    long = quick(backbone)(canvas)
+    assert len(calls) == backbone.num_layers
+    assert (long.float() - short.float()).norm() < 0.05 * short.float().norm()
+
+
+@pytest.mark.parametrize("largest", [0, quick_pass.LARGEST_COPY])
+def test_weights_are_copied_up_to_a_size(largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quick_pass, "LARGEST_COPY", largest)
+    backbone, canvas = tiny_backbone("qwen2"), ids(2, 9)
+    run = quick(backbone)
+    if quick_pass.layout(backbone.device, torch.float32, 1)(torch.zeros(4, 4)).is_mkldnn:
+        assert run.weights.blocks[0].up.weight.is_mkldnn == (largest > 0)
+    with torch.no_grad():
+        close(run(canvas), backbone.hidden(canvas, causal=False))
+
+
+# -- weights that change ----------------------------------------------------------------------------------------------
+
+
+def _in_place(backbone: Backbone) -> None:
+    with torch.no_grad():
+        backbone.layers[1].mlp.up_proj.weight[3, 4] += 2.0
+
+
+def _replaced(backbone: Backbone) -> None:
+    weight = backbone.layers[0].self_attn.k_proj.weight
+    weight.data = weight.data + 0.5
+
+
+def _behind_the_counter(backbone: Backbone) -> None:
+    backbone.layers[1].mlp.down_proj.weight.data.mul_(1.5)
+
+
+def _a_norm(backbone: Backbone) -> None:
+    backbone.layers[0].input_layernorm.weight.data = torch.full((32,), 0.7)
+
+
+def _loaded(backbone: Backbone) -> None:
+    backbone.load_state_dict(tiny_backbone("llama", seed=9).state_dict())
+
+
+def _cast(backbone: Backbone) -> None:
+    backbone.to(torch.float64)
+
+
+@pytest.mark.parametrize("change", [_in_place, _replaced, _behind_the_counter, _a_norm, _loaded, _cast])
+def test_changed_weights_are_laid_out_anew(change: Any) -> None:
+    backbone, canvas = tiny_backbone("llama"), ids(1, 9)
+    before = quick(backbone)(canvas)
+    assert quick(backbone).weights is quick(backbone).weights, "weights that did not change are laid out once"
+    change(backbone)
+    after = quick(backbone)(canvas)
+    with torch.no_grad():
+        expected = backbone.hidden(canvas, causal=False)
+    close(after, expected)
+    assert not torch.allclose(before.to(after.dtype), after, atol=1e-3) or change is _cast
+
+
+def test_training_between_decodes_shows() -> None:
+    backbone, (prompt,) = tiny_backbone("llama"), ids(1, 5)
+    config = DiffusionGenerationConfig(max_new_tokens=9, max_denoising_steps=4, stop_at_eos=False, verify=True)
+    found = [generate(backbone, [prompt], config).sequences[0].tolist()]
+    optimiser = torch.optim.AdamW(backbone.parameters(), lr=0.05)
+    for _ in range(2):
+        backbone.logits(backbone.hidden(ids(2, 7), causal=False))[..., :NUM_TOKENS].square().mean().backward()
+        optimiser.step()
+        found.append(generate(backbone, [prompt], config).sequences[0].tolist())
+    assert found[0] != found[1]
+
+
+def test_what_is_laid_out_belongs_to_nobody_else() -> None:
+    backbone, canvas = tiny_backbone("llama"), ids(1, 9)
+    names = set(backbone.state_dict())
+    quick(backbone)(canvas)
+    other = copy.deepcopy(backbone)
+    assert set(backbone.state_dict()) == names
+    _in_place(other)
+    with torch.no_grad():
+        close(quick(other)(canvas), other.hidden(canvas, causal=False))
+        close(quick(backbone)(canvas), backbone.hidden(canvas, causal=False))
+    gone = weakref.ref(quick(backbone).weights)
+    del backbone
+    gc.collect()
+    assert gone() is None
+
+
+# -- stepping aside ---------------------------------------------------------------------------------------------------
+
+
+def _hooked(backbone: Backbone, _: pytest.MonkeyPatch) -> None:
+    backbone.layers[1].register_forward_hook(lambda *_: None)
+
+
+def _eager(backbone: Backbone, _: pytest.MonkeyPatch) -> None:
+    backbone.model.set_attn_implementation("eager")
+
+
+def _compiled(backbone: Backbone, _: pytest.MonkeyPatch) -> None:
+    backbone.layers[0].compile(backend="eager")
+
+
+def _another_activation(backbone: Backbone, _: pytest.MonkeyPatch) -> None:
+    backbone.config.hidden_act = "gelu"
+    for block in backbone.layers:
+        block.mlp.act_fn = nn.GELU()
+
+
+def _adapter(backbone: Backbone, _: pytest.MonkeyPatch) -> None:
+    class Adapted(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    backbone.layers[0].mlp.up_proj.__class__ = Adapted
+
+
+def _asked(_: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DLLM_KERNELS", "reference")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_hooked, "modules have hooks"),
+        (_eager, "attention is set to eager"),
+        (_compiled, "the decoder is compiled"),
+        (_another_activation, "not written for gelu"),
+        (_adapter, "not plain ones"),
+        (_asked, "DLLM_KERNELS=reference"),
+    ],
+)
+def test_it_steps_aside_where_it_would_not_give_the_same(
+    change: Any, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone, canvas = tiny_backbone("llama"), ids(2, 9)
+    change(backbone, monkeypatch)
+    assert reason in str(quick_pass.obstacle(backbone))
+    run = quick_pass.pass_for(backbone)
+    assert isinstance(run, quick_pass.PlainPass)
+    with torch.no_grad():
+        expected = backbone.hidden(canvas, causal=False)
+        close(run(canvas, row_M=torch.tensor([4, 11])), expected.flatten(0, 1)[[4, 11]])
+
+
+def test_other_families_and_autocast_take_the_modules() -> None:
+    assert "not written for gpt2" in str(quick_pass.obstacle(tiny_backbone("gpt2")))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert quick_pass.obstacle(tiny_backbone("llama")) == "autocast is on"
+    assert isinstance(quick_pass.pass_for(tiny_backbone("llama"), quick=False), quick_pass.PlainPass)
+
+
+def test_which_pass_runs_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    quick_pass.dispatch.announce.cache_clear()
+    with caplog.at_level("INFO", quick_pass.dispatch.__name__):
+        for _ in range(2):
+            quick_pass.pass_for(tiny_backbone("llama"))
+            quick_pass.pass_for(tiny_backbone("gpt2"))
+    assert caplog.messages == [
+        "decoder pass runs its quick implementation (llama on a CPU)",
+        "decoder pass runs its reference implementation (it is not written for gpt2)",
+    ]
