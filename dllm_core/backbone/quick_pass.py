@@ -94,15 +94,22 @@ class BlockWeights(NamedTuple):
     def of(cls, block: Any, lay: Layout) -> BlockWeights:
         """Take a block's weights."""
         heads, mlp = block.self_attn, block.mlp
-        per_head = [Norm.of(getattr(heads, name)) if hasattr(heads, name) else None for name in ("q_norm", "k_norm")]
+        query_norm, key_norm = (
+            Norm.of(getattr(heads, name)) if hasattr(heads, name) else None for name in ("q_norm", "k_norm")
+        )
         return cls(
             heads,
             Norm.of(block.input_layernorm),
-            *(Product.of(m, lay) for m in (heads.q_proj, heads.k_proj, heads.v_proj)),
-            *per_head,
+            Product.of(heads.q_proj, lay),
+            Product.of(heads.k_proj, lay),
+            Product.of(heads.v_proj, lay),
+            query_norm,
+            key_norm,
             Product.of(heads.o_proj, lay),
             Norm.of(block.post_attention_layernorm),
-            *(Product.of(m, lay) for m in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)),
+            Product.of(mlp.gate_proj, lay),
+            Product.of(mlp.up_proj, lay),
+            Product.of(mlp.down_proj, lay),
         )
 
 
@@ -173,8 +180,8 @@ class PlainPass:
 class QuickPass:
     """The pass of a decoder that `obstacle` has nothing against. Without gradients.
 
-    Weights are laid out at the first pass of a backbone, which takes about as long as a pass, and anew when they have
-    changed. Memory: where oneDNN reorders them, as much again as the decoder's matrices.
+    Weights are laid out at the first decode, which takes about as long as a pass, and anew once they have changed.
+    Memory: where oneDNN reorders them, as much again as the decoder's matrices.
 
     Args:
         backbone: the model.
