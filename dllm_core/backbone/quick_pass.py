@@ -11,106 +11,22 @@ that share a key head, H head width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from dllm_core.backbone import attention
+from dllm_core.backbone.laid_out import BlockWeights, laid_out, linears_of
 from dllm_core.kernels import dispatch
 from dllm_core.layers.attention import is_plain
-from dllm_core.layers.packed_linear import Layout, gated, layout, linear, linear_plus
+from dllm_core.layers.packed_linear import gated
 
 if TYPE_CHECKING:
     from dllm_core.backbone.backbone import Backbone
     from dllm_core.backbone.slot_cache import SlotCache
 
 FAMILIES = ("llama", "qwen2", "qwen3")
-TYPICAL_ROWS = 160
-LARGEST_COPY = 2**31
-"""Bytes of a decoder's matrices up to which reordered copies of them are kept beside it: 1 billion weights in bf16."""
-PROBED_EVERY = 32
-"""One row in so many tells whether a matrix was written to behind autograd's back."""
-
-
-class Norm(NamedTuple):
-    """A root-mean-square norm (arXiv 1910.07467): weight and what is added to the mean square."""
-
-    weight: Tensor
-    eps: float
-
-    @classmethod
-    def of(cls, module: nn.Module) -> Norm:
-        """Take a module's weight."""
-        found: Any = module
-        return cls(found.weight.detach(), float(found.variance_epsilon))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return the normalised last dimension; in fp32, rounded before the weight comes in, as transformers does."""
-        wide = x.float()
-        scale = wide.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()
-        return (wide * scale).to(x.dtype).mul_(self.weight)
-
-
-class Product(NamedTuple):
-    """A matrix as `layout` returned it, and its bias."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    @classmethod
-    def of(cls, module: nn.Linear, lay: Layout) -> Product:
-        """Take a module's weights."""
-        return cls(lay(module.weight), None if module.bias is None else module.bias.detach())
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return the product, with its bias."""
-        return linear(x, self.weight, self.bias)
-
-    def plus(self, x: Tensor, other: Tensor) -> Tensor:
-        """Return the product added to another tensor."""
-        return linear_plus(x, self.weight, other, self.bias)
-
-
-class BlockWeights(NamedTuple):
-    """Of one block; the attention module says how heads are grouped and scaled."""
-
-    attention: Any
-    input_norm: Norm
-    query: Product
-    key: Product
-    value: Product
-    query_norm: Norm | None
-    key_norm: Norm | None
-    out: Product
-    inner_norm: Norm
-    gate: Product
-    up: Product
-    down: Product
-
-    @classmethod
-    def of(cls, block: Any, lay: Layout) -> BlockWeights:
-        """Take a block's weights."""
-        heads, mlp = block.self_attn, block.mlp
-        query_norm, key_norm = (
-            Norm.of(getattr(heads, name)) if hasattr(heads, name) else None for name in ("q_norm", "k_norm")
-        )
-        return cls(
-            heads,
-            Norm.of(block.input_layernorm),
-            Product.of(heads.q_proj, lay),
-            Product.of(heads.k_proj, lay),
-            Product.of(heads.v_proj, lay),
-            query_norm,
-            key_norm,
-            Product.of(heads.o_proj, lay),
-            Norm.of(block.post_attention_layernorm),
-            Product.of(mlp.gate_proj, lay),
-            Product.of(mlp.up_proj, lay),
-            Product.of(mlp.down_proj, lay),
-        )
 
 
 class Rotation(NamedTuple):
@@ -276,50 +192,6 @@ def _grouped_attention(query_BNLH: Tensor, key_BKMH: Tensor, value_BKMH: Tensor,
     return torch.matmul(torch.softmax(scores_BKQM, -1), value_BKMH).view(query_BNLH.shape)
 
 
-class LaidOut:
-    """A decoder's weights as `QuickPass` reads them.
-
-    Args:
-        backbone: the model.
-        state: from `_state`; what the weights were when they were laid out.
-    """
-
-    def __init__(self, backbone: Backbone, state: object) -> None:
-        self.state = state
-        matrices: Any = [module.weight for module in _linears(backbone)]
-        size = sum(weight.numel() * weight.element_size() for weight in matrices)
-        lay: Layout = torch.Tensor.detach
-        if size <= LARGEST_COPY:
-            lay = layout(backbone.device, matrices[0].dtype, TYPICAL_ROWS)
-        self.blocks = [BlockWeights.of(block, lay) for block in backbone.layers]
-        self.final_norm = Norm.of(getattr(backbone.decoder, backbone.family.norm))
-
-
-_kept: WeakKeyDictionary[Backbone, LaidOut] = WeakKeyDictionary()
-
-
-def laid_out(backbone: Backbone) -> LaidOut:
-    """Return a backbone's weights, laid out anew if they have changed in place or been replaced."""
-    state, kept = _state(backbone), _kept.get(backbone)
-    if kept is None or kept.state != state:
-        _kept.pop(backbone, None)  # before the next copy is made
-        _kept[backbone] = kept = LaidOut(backbone, state)
-    return kept
-
-
-@torch.no_grad()
-def _state(backbone: Backbone) -> object:
-    weights = [weight.detach() for weight in backbone.decoder.parameters()]
-    counts = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
-    # writing through `.data` counts nowhere
-    probes = torch.stack([_bits(weight[::PROBED_EVERY]).sum() for weight in weights if weight.dim() == 2])
-    return counts, probes.tolist()
-
-
-def _bits(matrix: Tensor) -> Tensor:
-    return matrix.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[matrix.element_size()])
-
-
 def obstacle(backbone: Backbone) -> str | None:
     """Return why decoding has to go through transformers' modules, None where a quick pass gives the same."""
     if dispatch.wish() == "reference":
@@ -340,16 +212,9 @@ def obstacle(backbone: Backbone) -> str | None:
             return "modules have hooks"
         if module._compiled_call_impl is not None:
             return "the decoder is compiled"
-    if any(type(module) is not nn.Linear for module in _linears(backbone)):
+    if any(type(module) is not nn.Linear for module in linears_of(backbone)):
         return "its matrices are not plain ones"
     return None
-
-
-def _linears(backbone: Backbone) -> Iterator[nn.Module]:
-    block: Any
-    for block in backbone.layers:
-        heads, mlp = block.self_attn, block.mlp
-        yield from (heads.q_proj, heads.k_proj, heads.v_proj, heads.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
 
 
 def pass_for(backbone: Backbone, *, quick: bool = True) -> DecoderPass:

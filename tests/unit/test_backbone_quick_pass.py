@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from dllm_core.backbone import masks, quick_pass
+from dllm_core.backbone import laid_out, masks, quick_pass
 from dllm_core.backbone.backbone import Backbone
 from dllm_core.backbone.contract import Contract
 from dllm_core.backbone.slot_cache import SlotCache
@@ -144,12 +144,12 @@ def test_a_long_canvas_takes_the_kernel_for_long_ones(monkeypatch: pytest.Monkey
     assert (long.float() - short.float()).norm() < 0.05 * short.float().norm()
 
 
-@pytest.mark.parametrize("largest", [0, quick_pass.LARGEST_COPY])
+@pytest.mark.parametrize("largest", [0, laid_out.LARGEST_COPY])
 def test_weights_are_copied_up_to_a_size(largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quick_pass, "LARGEST_COPY", largest)
+    monkeypatch.setattr(laid_out, "LARGEST_COPY", largest)
     backbone, canvas = tiny_backbone("qwen2"), ids(2, 9)
     run = quick(backbone)
-    if quick_pass.layout(backbone.device, torch.float32, 1)(torch.zeros(4, 4)).is_mkldnn:
+    if laid_out.layout(backbone.device, torch.float32, 1)(torch.zeros(4, 4)).is_mkldnn:
         assert run.weights.blocks[0].up.weight.is_mkldnn == (largest > 0)
     with torch.no_grad():
         close(run(canvas), backbone.hidden(canvas, causal=False))

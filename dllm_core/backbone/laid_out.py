@@ -1,0 +1,154 @@
+"""A gated decoder's weights as `quick_pass` reads them: matrices laid out once for a CPU, until they change.
+
+D hidden, O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from dllm_core.layers.packed_linear import Layout, layout, linear, linear_plus
+
+if TYPE_CHECKING:
+    from dllm_core.backbone.backbone import Backbone
+
+TYPICAL_ROWS = 160
+LARGEST_COPY = 2**31
+"""Bytes of a decoder's matrices up to which reordered copies of them are kept beside it: 1 billion weights in bf16."""
+PROBED_EVERY = 32
+"""One row in so many tells whether a matrix was written to behind autograd's back."""
+
+
+class Norm(NamedTuple):
+    """A root-mean-square norm (arXiv 1910.07467): weight and what is added to the mean square."""
+
+    weight: Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Norm:
+        """Take a module's weight."""
+        found: Any = module
+        return cls(found.weight.detach(), float(found.variance_epsilon))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the normalised last dimension; in fp32, rounded before the weight comes in, as transformers does."""
+        wide = x.float()
+        scale = wide.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()
+        return (wide * scale).to(x.dtype).mul_(self.weight)
+
+
+class Product(NamedTuple):
+    """A matrix as `layout` returned it, and its bias."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, module: nn.Linear, lay: Layout) -> Product:
+        """Take a module's weights."""
+        return cls(lay(module.weight), None if module.bias is None else module.bias.detach())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the product, with its bias."""
+        return linear(x, self.weight, self.bias)
+
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        """Return the product added to another tensor."""
+        return linear_plus(x, self.weight, other, self.bias)
+
+
+class BlockWeights(NamedTuple):
+    """Of one block; the attention module says how heads are grouped and scaled."""
+
+    attention: Any
+    input_norm: Norm
+    query: Product
+    key: Product
+    value: Product
+    query_norm: Norm | None
+    key_norm: Norm | None
+    out: Product
+    inner_norm: Norm
+    gate: Product
+    up: Product
+    down: Product
+
+    @classmethod
+    def of(cls, block: Any, lay: Layout) -> BlockWeights:
+        """Take a block's weights."""
+        heads, mlp = block.self_attn, block.mlp
+        query_norm, key_norm = (
+            Norm.of(getattr(heads, name)) if hasattr(heads, name) else None for name in ("q_norm", "k_norm")
+        )
+        return cls(
+            heads,
+            Norm.of(block.input_layernorm),
+            Product.of(heads.q_proj, lay),
+            Product.of(heads.k_proj, lay),
+            Product.of(heads.v_proj, lay),
+            query_norm,
+            key_norm,
+            Product.of(heads.o_proj, lay),
+            Norm.of(block.post_attention_layernorm),
+            Product.of(mlp.gate_proj, lay),
+            Product.of(mlp.up_proj, lay),
+            Product.of(mlp.down_proj, lay),
+        )
+
+
+def linears_of(backbone: Backbone) -> Iterator[nn.Module]:
+    """Yield the modules whose matrices a pass multiplies with, block by block."""
+    block: Any
+    for block in backbone.layers:
+        heads, mlp = block.self_attn, block.mlp
+        yield from (heads.q_proj, heads.k_proj, heads.v_proj, heads.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+
+
+class LaidOut:
+    """A decoder's weights as `QuickPass` reads them.
+
+    Args:
+        backbone: the model.
+        state: from `_state`; what the weights were when they were laid out.
+    """
+
+    def __init__(self, backbone: Backbone, state: object) -> None:
+        self.state = state
+        matrices: Any = [module.weight for module in linears_of(backbone)]
+        size = sum(weight.numel() * weight.element_size() for weight in matrices)
+        lay: Layout = torch.Tensor.detach
+        if size <= LARGEST_COPY:
+            lay = layout(backbone.device, matrices[0].dtype, TYPICAL_ROWS)
+        self.blocks = [BlockWeights.of(block, lay) for block in backbone.layers]
+        self.final_norm = Norm.of(getattr(backbone.decoder, backbone.family.norm))
+
+
+_kept: WeakKeyDictionary[Backbone, LaidOut] = WeakKeyDictionary()
+
+
+def laid_out(backbone: Backbone) -> LaidOut:
+    """Return a backbone's weights, laid out anew if they have changed in place or been replaced."""
+    state, kept = _state(backbone), _kept.get(backbone)
+    if kept is None or kept.state != state:
+        _kept.pop(backbone, None)  # before the next copy is made
+        _kept[backbone] = kept = LaidOut(backbone, state)
+    return kept
+
+
+@torch.no_grad()
+def _state(backbone: Backbone) -> object:
+    weights = [weight.detach() for weight in backbone.decoder.parameters()]
+    counts = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
+    # writing through `.data` counts nowhere
+    probes = torch.stack([_bits(weight[::PROBED_EVERY]).sum() for weight in weights if weight.dim() == 2])
+    return counts, probes.tolist()
+
+
+def _bits(matrix: Tensor) -> Tensor:
+    return matrix.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[matrix.element_size()])
