@@ -44,6 +44,8 @@ from dllm_core.backbone.contract import read_contract
 from dllm_core.errors import DllmError, did_you_mean
 from dllm_core.evals import throughput
 from dllm_core.methods.protocol import SamplingRequest
+from dllm_core.samplers.blocks import split_blocks
+from dllm_core.samplers.denoisers import model_block_size
 from dllm_core.samplers.loop import generate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -129,8 +131,10 @@ def fit_model(directory: Path, args: argparse.Namespace) -> None:
 
 
 def calibrate(models: Models, args: argparse.Namespace) -> Costs:
-    """Time two of our passes and eight autoregressive ones: what the first estimates are made of."""
-    short = Setting(*args.canvases[0], args.batch_sizes[0], min(2, args.canvases[0][1]))
+    """Time a few of our passes and eight autoregressive ones: what the first estimates are made of."""
+    prompt, new = args.canvases[0]
+    blocks = split_blocks(range(prompt, prompt + new), None, model_block_size(models.backbone))
+    short = Setting(prompt, new, args.batch_sizes[0], min(max(2, len(blocks)), new))
     prompts = models.prompts(0, short.batch, short.prompt)
     config = ours_config(short, args)
     for _ in range(2):
@@ -309,8 +313,11 @@ def table(found: Sequence[Measurement]) -> str:
         if m.not_measured:
             lines.append(f"  {m.not_measured}")
         for name, row in m.rows.items():
-            ratios = [r for r in m.ratios if name in r.rows[:1] or (m.part == "ar" and name == r.rows[1])]
-            told = [f"{r.rows[0]} {r.ratio:.2f}x {r.rows[1]}{decode_targets.interval(r.ci95)}" for r in ratios]
+            told = [
+                f"{r.rows[0]} {r.ratio:.2f}x {r.rows[1]}{decode_targets.interval(r.ci95)}"
+                for r in m.ratios
+                if name == r.rows[int(m.part == "ar")]
+            ]
             if name in m.drift:
                 d = m.drift[name]
                 told.append(f"drift {d.max_logit_difference:.2g}, {d.changed_tokens} of {d.num_tokens} drafts changed")

@@ -314,4 +314,5 @@ def _variants(
             rows[in_blocks] = _ours(models, setting, ours_config(setting, args, rule, blocks=True))
             rows[f"{plain_name}_{cache}"] = _ours(models, setting, ours_config(setting, args, rule, cache))
             pairs.append((f"{plain_name}_{cache}", in_blocks))
-    return Part(name, setting, rows, tuple(pairs), next(iter(rows)), args.least_rounds)
+    reference = "ours_blocks" if name == "caches" and "ours_blocks" in rows else next(iter(rows))
+    return Part(name, setting, rows, tuple(pairs), reference, args.least_rounds)

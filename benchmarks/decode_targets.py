@@ -153,7 +153,7 @@ def quality_of(path: Path) -> Quality:
         if told is not None:
             text = Text(
                 temperature=told.point["temperature"],
-                steps=told.point.get("steps"),
+                steps=None if cell.causal else told.point.get("steps"),
                 judge_ppl=told.point.get("judge_ppl"),
                 passes=told.passes,
                 fault=told.fault or ("" if told.judged else "not judged"),

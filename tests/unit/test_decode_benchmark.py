@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -101,6 +102,7 @@ def test_passes_are_those_of_the_setting(run: SimpleNamespace) -> None:
         for name, row in m.rows.items():
             assert row.num_forwards == (m.new_tokens if name.startswith("ar") else m.steps)
             assert len(row.rounds) == 2
+    assert part(run.record, "caches").reference == "ours_blocks"
     assert set(part(run.record, "caches").drift) == {"ours_prefix", "ours_dual", "ours_delayed"}
     assert all(d.num_tokens > 0 for d in part(run.record, "caches").drift.values())
     assert part(run.record, "caches").configs["ours_blocks"]["block_size"] == 4
@@ -138,7 +140,7 @@ def test_the_plan_comes_first_and_the_results_last(run: SimpleNamespace) -> None
     assert "the best AR loop" in run.out
     assert "tokens of exact and uncached in fp32: the same" in run.out
     assert run.out.index("Targets, stated for") < run.out.index("Quality of both")
-    assert "ar                       3.05 +- 0.19 nats per token (exact)" in run.out
+    assert f"  {'ar':<24} 3.05 +- 0.10 nats per token (exact); text at T=" in run.out
     assert "of those cells, not of the weights timed here" in run.out
 
 
@@ -369,9 +371,9 @@ def test_a_check_fails_where_rows_differ(plain_model: Path, tmp_path: Path) -> N
     args = decode.arguments(words(plain_model, tmp_path, "--parts", "block_causal"))
     (part,) = decode_parts.parts(models, args)
     assert decode.check(models, part).passed
-    other = decode.dataclasses.replace(part.rows["exact"].config, sampler_config="random")  # type: ignore[arg-type]
-    changed = decode.dataclasses.replace(part.rows["exact"], config=other)
-    part = decode.dataclasses.replace(part, rows={**part.rows, "exact": changed})
+    other = replace(part.rows["exact"].config, sampler_config="random")  # type: ignore[arg-type]
+    changed = replace(part.rows["exact"], config=other)
+    part = replace(part, rows={**part.rows, "exact": changed})
     found = decode.check(models, part)
     assert not found.passed
     assert found.same_passes < 1
