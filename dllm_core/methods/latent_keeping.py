@@ -44,12 +44,14 @@ class CellForm:
         called: the same in a sentence.
         training_alone: beginnings of names in the state that a finished cell does without.
         version: of the format.
+        added: names of tensors that came later; a cell that was saved without them loads as if they were zero.
     """
 
     room: str
     called: str
     training_alone: tuple[str, ...]
     version: int = 1
+    added: tuple[str, ...] = ()
 
     @property
     def weights(self) -> str:
@@ -120,6 +122,8 @@ def load(cls: type[M], directory: Path, options: LatentOptions, *, dtype: torch.
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise misfit(path, str(error)) from error
+    own = method.state_dict()
+    tensors = {name: torch.zeros_like(own[name]) for name in form.added} | tensors
     load_weights(method, tensors, path, form.training_alone)
     method.drop_averages()
     method.to(device=device, dtype=dtype)

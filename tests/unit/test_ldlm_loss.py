@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -144,8 +146,11 @@ def test_gradients_are_the_slopes_of_the_naive_losses_that_reach_a_module(module
     corrupted, totals = corrupt(method, batch)
     _, _, grads = split_losses(method, corrupted, totals, [4], resources)
     parameters = dict(method.networks.get_submodule(module).named_parameters())
-    way = {name: torch.randn_like(p) for name, p in parameters.items()}
-    slope = sum(float((grads[f"networks.{module}.{n}"].double() * d.double()).sum()) for n, d in way.items())
+    own = {name: grads[f"networks.{module}.{name}"] for name in parameters}
+    # a random way, turned towards the gradient so that the slope is no small difference of large terms
+    uphill = 10.0 / math.sqrt(sum(float(g.square().sum()) for g in own.values()))
+    way = {name: torch.randn_like(p) + uphill * own[name] for name, p in parameters.items()}
+    slope = sum(float((own[n].double() * d.double()).sum()) for n, d in way.items())
 
     def at(place: float) -> float:
         with torch.no_grad():

@@ -59,7 +59,7 @@ class Method(LatentMethod):
         times: density of the training times.
     """
 
-    FORM = CellForm("ldlm", "an LDLM", training_alone=("ema.",))
+    FORM = CellForm("ldlm", "an LDLM", training_alone=("ema.",), added=("networks.token_decoder.intercept_D",))
     options: Options
     networks: LatentNetworks
 

@@ -7,8 +7,6 @@ transformer whose last matrix starts at zero: with a straight path from a closed
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -84,10 +82,6 @@ class TokenDecoder(nn.Module):
         self.transformer = Transformer(width, depth, num_heads)
         self.out = _zero(nn.Linear(width, hidden, bias=False))
         self.log_scale = nn.Parameter(torch.zeros(1))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        state_dict.setdefault(f"{prefix}intercept_D", torch.zeros_like(self.intercept_D))
-        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(self, h_BLD: Tensor, real_BL: Tensor | None = None) -> Tensor:
         """Return what is multiplied with the head's rows, [B, L, D]."""

@@ -102,8 +102,8 @@ class ReadOut(NamedTuple):
                 for layer in layers
             ]
             return cls(lay(module.to_width.weight), query, made, Norm.of(norm), both, None)
-        made, norm = _transformer(module.transformer.blocks, lay), Norm.of(module.transformer.norm)
-        return cls(lay(module.to_width.weight), None, made, norm, both, module.intercept_D.detach())
+        made, final = _transformer(module.transformer.blocks, lay), Norm.of(module.transformer.norm)
+        return cls(lay(module.to_width.weight), None, made, final, both, module.intercept_D.detach())
 
 
 def _transformer(blocks: torch.nn.ModuleList, lay: Layout) -> list[TransformerWeights]:
