@@ -253,7 +253,7 @@ class DiffusionGenerationConfig:
         Raises:
             DllmError: a cache whose blocks are longer than the span.
         """
-        if self.cache.is_approximate and self.block_size is not None and self.block_size > num_tokens:
+        if self.cache.is_approximate and self.block_size is not None and 0 < num_tokens < self.block_size:
             raise DllmError(
                 f"block_size={self.block_size} is more than the {num_tokens} tokens to generate, and "
                 f"cache='{self.cache.kind}' is kept by the block.",

@@ -92,8 +92,9 @@ def fuzzed(trial: int) -> Case:
         if len(infill) > 1:
             infill[1][:] = False  # nothing to do in this one
     for row in rows:
-        row[torch.rand(len(row), generator=torch.Generator().manual_seed(trial)) < 0.2] = NUM_TOKENS
-        if chooser.random() < 0.2:
+        # not the first: on a canvas of masks alone every state is the same, and rounding would break the ties
+        row[1:][torch.rand(len(row) - 1, generator=torch.Generator().manual_seed(trial)) < 0.3] = NUM_TOKENS
+        if len(row) > 1 and chooser.random() < 0.2:
             row[-1] = ROWS - 1
     case = Case(loud(backbone), rows, infill, {"max_new_tokens": chooser.randint(1, 16)})
     longest = max(map(len, case.places))
@@ -105,7 +106,7 @@ def fuzzed(trial: int) -> Case:
         "max_denoising_steps": chooser.choice([blocks, chooser.randint(blocks, 24 + blocks)]),
         "sampler_config": easy(rule),
         "cache": chooser.choice(["none", "exact"] if model_block else ["none", *APPROXIMATE]),
-        "guidance_scale": chooser.choice([1.0, 1.0, 0.0, 2.5]),
+        "guidance_scale": chooser.choice([1.0, 1.0, 0.5, 2.5]),
         "stop_at_eos": chooser.choice([True, False]),
         "eos_token_id": tuple(range(0, NUM_TOKENS, chooser.choice([5, 17]))),
         "stability_threshold": chooser.choice([None, None, 1, 2]),
@@ -161,7 +162,9 @@ def test_any_settings_keep_the_promises(trial: int) -> None:
         assert case.infill is None or case.options["stop_at_eos"] or len(found) == len(ids)
 
     # a row alone, streamed, is what it is among others
-    for row in range(len(case.rows)):
+    for row, places in enumerate(case.places):
+        if isinstance(case.options["cache"], dict) and 0 < len(places) < (case.options["block_size"] or 0):
+            continue  # such a block is refused where no other row fills it
         recorder = Recorder()
         alone = case.decode(row, streamer=recorder)
         assert torch.equal(alone.sequences[0], out.sequences[row])
@@ -287,3 +290,16 @@ def test_settings_that_no_model_takes_are_refused_by_themselves(options: dict[st
     first, second = str(caught.value).split("\n")
     assert problem in first
     assert second
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual", "delayed"])
+def test_nothing_to_fill_is_no_error_whatever_the_blocks(cache: str) -> None:
+    (row,) = prompts(5)
+    out = generate(
+        tiny_backbone(layers=1),
+        [row],
+        settings(cache=cache, block_size=4),
+        infill_mask=[torch.zeros(5, dtype=torch.bool)],
+    )
+    assert (out.num_forwards, out.new_tokens) == (0, [0])
+    assert torch.equal(out.sequences[0], row)
