@@ -26,7 +26,7 @@ def best_accuracies(found: Iterable[Mapping[str, Any]]) -> dict[Task, float]:
         for curve in row["curves"]:
             task = (curve["task"], row["context"])
             values = [100.0 * point["accuracy"]["value"] for point in curve["points"]]
-            best[task] = max(best.get(task, 0.0), *values)
+            best[task] = max([best.get(task, 0.0), *values])
     return best
 
 

@@ -149,7 +149,7 @@ def test_areas_are_in_the_results_and_single_sequences_are_not(results: Results)
 
 def test_a_curve_without_points_has_no_area() -> None:
     empty = {"curves": [{"rule": "factor", "task": "masked", "points": []}], "context": None}
-    assert concluded(empty, {("masked", None): 50.0})["curves"][0]["aup"] is None
+    assert concluded(empty, best_accuracies([empty]))["curves"][0]["aup"] is None
 
 
 def line(table: str, *wanted: str) -> list[str]:
