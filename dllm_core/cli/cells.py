@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dllm_core.errors import DllmError, did_you_mean
+from dllm_core.methods.cell_file import CELL_FILE, CellInfo, read_cell, stored_options
 
 if TYPE_CHECKING:
-    from dllm_core.methods.cell import CellInfo
     from dllm_core.methods.requirements import Capabilities
 
 Kind = Literal["ar", "unmasking", "latent"]
 """How a cell writes: token by token, by filling in masks, or from latents."""
 
-_CELL_FILE = "cell.json"
 _LATEST = Path("reports") / "latest" / "cells"
 _ORDER: tuple[Kind, ...] = ("ar", "unmasking", "latent")
 _START = "Finish a run first (python flows/compare_grid.py run), or say where one is: --runs-dir DIRECTORY."
@@ -75,7 +74,7 @@ def names_in(cells_dir: Path) -> list[str]:
     Raises:
         DllmError: there are none, or what they linked to is gone.
     """
-    found = sorted(p.name for p in cells_dir.iterdir() if (p / _CELL_FILE).is_file())
+    found = sorted(p.name for p in cells_dir.iterdir() if (p / CELL_FILE).is_file())
     if found:
         return found
     if any(p.is_symlink() for p in cells_dir.iterdir()):
@@ -85,7 +84,7 @@ def names_in(cells_dir: Path) -> list[str]:
 
 def is_cell(word: str) -> bool:
     """Whether a word is the path of a finished cell."""
-    return (Path(word) / _CELL_FILE).is_file()
+    return (Path(word) / CELL_FILE).is_file()
 
 
 def find(word: str, runs_dir: Path) -> Cell:
@@ -139,9 +138,6 @@ def _by_seed(names: list[str]) -> list[str]:
 
 
 def _read(directory: Path, name: str | None) -> Cell:
-    from dllm_core.methods.cell import read_cell
-    from dllm_core.methods.registry import room_options
-
     info = read_cell(directory)
-    capabilities = room_options(info.method)(**info.options).capabilities()
+    capabilities = stored_options(info, directory).capabilities()
     return Cell(name=name or info.cell, directory=directory, info=info, capabilities=capabilities)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from dllm_core.backbone.contract import read_contract
+from dllm_core.methods.cell_file import CellInfo, write_cell_file
 
 if TYPE_CHECKING:
     from steps.report.build import RowResult
@@ -43,9 +44,6 @@ def _link(link: Path, target: Path) -> None:
 
 def _reference_cell(directory: Path, row: RowResult, base_dir: Path) -> None:
     """Write a cell whose weights are the base model's: links to its files, and the `cell.json` that they lack."""
-    from dllm_core.backbone.contract import read_contract
-    from dllm_core.methods.cell import CELL_FILE, FORMAT_VERSION, CellInfo
-
     directory.mkdir()
     for path in sorted(base_dir.iterdir()):
         _link(directory / path.name, path)
@@ -57,5 +55,4 @@ def _reference_cell(directory: Path, row: RowResult, base_dir: Path) -> None:
         summary={},
         contract=read_contract(base_dir).model_dump(),
     )
-    content = {"format_version": FORMAT_VERSION, **asdict(info)}
-    (directory / CELL_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_cell_file(info, directory)
