@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from dllm_core import hardware
 from dllm_core.cli.cells import Cell
@@ -21,12 +22,14 @@ from dllm_core.data.encoding import bos_of
 from dllm_core.errors import DllmError
 from dllm_core.methods.cell import load_cell
 from dllm_core.methods.registry import room_method
+from dllm_core.samplers.config import DiffusionGenerationConfig
 
 if TYPE_CHECKING:
     from dllm_core.cli.canvas_view import CanvasView
     from dllm_core.cli.gaps import Gapped
     from dllm_core.methods.protocol import GenerationOutput, Method
 
+_WARM_UP = DiffusionGenerationConfig(max_new_tokens=2, max_denoising_steps=2)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -83,9 +86,11 @@ class Loaded:
 
 @contextmanager
 def loaded(cell: Cell, machine: Machine) -> Iterator[Loaded]:
-    """Hold a cell in memory for the length of a `with` block."""
+    """Hold a cell in memory for the length of a `with` block, warmed up by two tokens: a first call has to import."""
+    logging.set_verbosity_error()  # it warns of configs that are not its own, as those of latent cells
     method = load_cell(cell.directory, dtype=_DTYPES[machine.dtype], device=machine.device)
     try:
+        _generate(method, cell.name, torch.tensor([0]), _WARM_UP)
         yield Loaded(cell, method, Detokenizer(method.tokenizer))
     finally:
         del method
@@ -96,14 +101,15 @@ def loaded(cell: Cell, machine: Machine) -> Iterator[Loaded]:
 
 def accepted_arguments(cell: Cell) -> set[str]:
     """Return the names of the arguments that a cell's `generate` takes; nothing is loaded."""
-    return set(inspect.signature(_generate_of(room_method(cell.info.method), cell.name)).parameters)
+    generate = getattr(room_method(cell.info.method), "generate", None)
+    return set() if generate is None else set(inspect.signature(generate).parameters)
 
 
-def _generate_of(owner: Any, name: str) -> Any:
-    generate = getattr(owner, "generate", None)
+def _generate(held: Method, name: str, ids_L: Tensor, config: DiffusionGenerationConfig, **arguments: Any) -> Any:
+    generate: Any = getattr(held, "generate", None)
     if generate is None:
         raise DllmError(f"The method of '{name}' has no 'generate'.", "Take another cell.")
-    return generate
+    return generate([ids_L], config, **arguments)
 
 
 def prompt_ids(prompt: str, tokenizer: Any, *, chat: bool = False) -> Tensor:
@@ -170,7 +176,6 @@ def decode(held: Loaded, row: Gapped, request: Request, *, view: CanvasView | No
     Raises:
         DllmError: what the cell refuses, in the words of the command line.
     """
-    generate = _generate_of(held.method, held.cell.name)
     arguments: dict[str, Any] = dict(request.arguments)
     ids_L = row.ids_L
     if row.is_prompt:
@@ -182,7 +187,7 @@ def decode(held: Loaded, row: Gapped, request: Request, *, view: CanvasView | No
     before = view.seconds if view else 0.0
     start = time.perf_counter()
     try:
-        output = generate([ids_L], request.config, **arguments)
+        output = _generate(held.method, held.cell.name, ids_L, request.config, **arguments)
     except DllmError as error:
         raise in_flags(error) from error
     seconds = time.perf_counter() - start

@@ -129,4 +129,4 @@ def _tell(held: Loaded, done: Decode, request: Request, machine: str) -> None:
         terminal.lines([[]])
     terminal.note(f"{held.cell.name}: {', '.join(facts(done, request.config.seed))}")
     checked = " The reference decoder agreed at every pass." if request.config.verify else ""
-    terminal.note(f"{machine}; one decode with a cold start, no benchmark.{checked}")
+    terminal.note(f"{machine}; one decode, no benchmark.{checked}")
