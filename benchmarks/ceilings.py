@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.latent_models import Pass
 from dllm_core.hardware import synchronise
-from dllm_core.methods.ldlm.packed import layout, linear
+from dllm_core.layers.packed_linear import layout, linear
 
 DEFINITION = (
     "floor = sum over the network passes of a generation of max(bytes / bandwidth, operations / rate). Bytes of a pass:"

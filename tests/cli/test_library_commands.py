@@ -365,7 +365,7 @@ def test_one_model_at_a_time_is_in_memory(capsys, monkeypatch) -> None:
 # -- refusals -------------------------------------------------------------------------------------------------------
 
 REFUSED = {
-    "sampel": ("Unknown command 'sampel'.", "Did you mean 'sample'?"),
+    "sampl": ("Unknown command 'sampl'.", "Did you mean 'sample'?"),
     "sample random_maks": ("Unknown cell 'random_maks'", "Did you mean 'random_mask'? Known: ar, ar_tuned,"),
     "sample random_mask --temprature 1": ("Unknown setting '--temprature' of sample.", "Did you mean '--temperature'?"),
     "infill random_mask --new-tokens 3": ("Unknown setting '--new-tokens' of infill.", "Known: "),

@@ -16,6 +16,7 @@ import pytest
 
 import params
 from benchmarks import memory_estimates
+from dllm_core.cli import arguments as library_arguments
 from flows import launcher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,6 +107,8 @@ def _parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert {w for w in words if "=" not in w} <= targets, command
     elif words[0] == "flows/compare_grid.py":
         _parse_grid(words[1:])
+    elif words[:2] == ["-m", "dllm_core"]:
+        library_arguments.parse(words[2:])
     elif words[0] == "-m":
         _parse_program(words[1], words[2:], monkeypatch)
     else:
@@ -133,6 +136,7 @@ def test_every_command_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> 
         "python flows/compare_grid.py run --set budget.kinds=tokens",
         "python benchmarks/decode.py --round 14 --stepz 8",
         "python -m steps.report.publish",
+        "python -m dllm_core sample --stepz 4",
         "python benchmarks/gone.py",
         "make grids",
     ],
