@@ -379,7 +379,7 @@ def test_health_is_measured_on_the_states_of_the_trained_cell(
     world, trained = made
     given: list[Resources | None] = []
     monkeypatch.setattr(step, "_measure", lambda *a: given.append(a[5]) or {})
-    monkeypatch.setattr(step, "_reference_text", lambda *a: {})
+    monkeypatch.setattr(step, "reference_text", lambda *a: {})
     spec = grid(world)
     ctx = world.context()
     row, base = spec.row_spec("cola", 0), world.anchors(spec, ctx)

@@ -150,7 +150,7 @@ def test_masked_row_gets_both_bounds_and_pictures(world: World) -> None:
         assert len(per["nats"]) == len(per["tokens"]) == settings.nelbo_sequences == metrics["num_sequences"]
         assert metrics[f"{name}_nats_per_token"]["value"] == pytest.approx(sum(per["nats"]) / sum(per["tokens"]))
     assert set(metrics["masked_accuracy"]) == set(metrics["masked_nll"]) == {"0.15", "0.5", "0.85"}
-    assert [p["temperature"] for p in metrics["frontier"]] == [0.7, 1.0]
+    assert [p["temperature"] for p in metrics["frontier"]] == [*settings.frontier_temperatures]
     assert {p["judge"] for p in metrics["frontier"]} == {"base (self-judged)"}
     assert len(metrics["history"]["commit_step"]) == len(metrics["history"]["tokens"]) == 16
     assert set(metrics["history"]["commit_step"]) == {1, 2, 3, 4}
@@ -278,7 +278,7 @@ def test_latent_row_gets_text_overlap_and_health_but_no_likelihood(world: World,
         "num_sequences_seen": metrics["num_sequences"],
         "grad": False,
     }
-    assert [p["num_forwards"] for p in metrics["frontier"]] == [5.0, 5.0], "denoising steps and one pass to decode"
+    assert [p["num_forwards"] for p in metrics["frontier"]] == [5.0], "denoising steps and one pass to decode"
     for point in metrics["frontier"]:
         assert point["unigram_entropy_nats"] == 0.0
         assert 0.0 <= point["overlap_1"] <= 1.0

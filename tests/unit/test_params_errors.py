@@ -152,7 +152,7 @@ def test_keys_of_cells() -> None:
         ),
         (
             "budget.kind=seconds",
-            "budget.kind = seconds (from --set) changes the unit of budget.value = 23000000000000.0.",
+            "budget.kind = seconds (from --set) changes the unit of budget.value = 15000000000000.0.",
             "Set budget.value together with budget.kind.",
         ),
         (

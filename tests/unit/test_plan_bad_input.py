@@ -338,7 +338,7 @@ def test_too_little_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     runs = tmp_path / "runs"
     problem, remedy = refused(lambda: plan("laptop", runs_dir=runs))
     assert problem == (
-        f"The run needs about 10.2 GB of disk (estimate; checkpoints 5.1 GB), 0.0 GB are free in '{runs}'."
+        f"The run needs about 9.9 GB of disk (estimate; checkpoints 5.1 GB), 0.0 GB are free in '{runs}'."
     )
     assert remedy.startswith("Free some (python -m steps.cache gc --keep 20GB)")
     assert not runs.exists()
