@@ -158,7 +158,7 @@ def _blocks(rows: Sequence[Row], columns: int, at_once: int) -> list[Line]:
     for row in rows:
         speed = "" if row.error else f"  {row.tokens_per_s:,.0f} tokens/s"
         head = [Span(row.cell, Style.TITLE), Span(speed, Style.NOTE)]
-        body = [Span(row.error, Style.WRONG)] if row.error else [Span(row.text.strip("\n"), Style.WRITTEN)]
+        body = [Span(row.error, Style.WRONG)] if row.error else [Span(row.text.strip(), Style.WRITTEN)]
         blocks.append([head, *wrap(body, each)])
     return [*beside(blocks, each, _GAP), []]
 
@@ -193,7 +193,5 @@ def _remarks(rows: Sequence[Row], job: _Job) -> list[str]:
     for row in rows:
         if row.left_out:
             without.setdefault(row.left_out, []).append(row.cell)
-    left_out = [
-        f"{', '.join(cells)}: without {', '.join(flags)}, which they do not have." for flags, cells in without.items()
-    ]
+    left_out = [f"Not applied: {', '.join(flags)} to {', '.join(cells)}." for flags, cells in without.items()]
     return [*left_out, f"{job.machine}, seed {job.options.seed or 0}. {NOTE}"]

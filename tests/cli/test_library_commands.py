@@ -258,8 +258,8 @@ def test_gaps_are_filled_and_what_was_given_stays(row: str, runs: Path, terminal
     mask = torch.tensor([[*[False] * len(a), *[True] * 6, *[False] * len(b), *[True] * 3, False]])
     config = DiffusionGenerationConfig(max_denoising_steps=6, temperature=0.7, seed=3)
     out = method.generate(ids, config, infill_mask=mask).sequences[0]
-    decode = method.tokenizer.decode
-    first, second = decode(out[len(a) : len(a) + 6]), decode(out[-4:-1])
+    places = out[len(a) : len(a) + 6], out[-4:-1]
+    first, second = (method.tokenizer.decode(place, skip_special_tokens=True) for place in places)
     shown = terminal.shown()
     body = shown[: shown.index("{{6}} ")].replace("\n", "")
     assert body == (pieces[0] + first + pieces[1] + second + pieces[2]).replace("\n", "")

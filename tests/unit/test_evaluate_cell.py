@@ -158,7 +158,7 @@ def test_masked_row_gets_both_bounds_and_pictures(world: World) -> None:
     assert len(strip["tokens"]) == len(strip["state"]) == 24
     assert strip["state"][:8] == ["given"] * 8
     assert strip["state"].count("given") == 8 + 8
-    assert len(metrics["samples"]) == 4
+    assert len(metrics["samples"]) == settings.frontier_samples * len(settings.frontier_temperatures)
     assert no_nan(metrics)
 
 
