@@ -112,8 +112,9 @@ def closing_lines(run: GridRun, made: ReportArtifact) -> list[str]:
     elsewhere = "" if runs == ROOT / "runs" else f" --runs-dir {shown(runs)}"
     lines = [*made.lines, ""] if made.lines else []
     lines.append(f"report    {shown(Path(made.markdown_path))}   (also in {shown(runs / 'reports' / 'latest')})")
+    page = f"http://127.0.0.1:5000/#/experiments/{run.tracking.experiment_id}/runs"  # elsewhere it opens on traces
     if run.tracking.on and uri.startswith("sqlite:") and not elsewhere:
-        lines.append("browse    make ui")
+        lines.append(f"browse    make ui, then {page}")
     if run.tracking.on and uri.startswith("sqlite:"):
         lean = "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1"
         lines.append(f"          {lean} --backend-store-uri {uri}")
