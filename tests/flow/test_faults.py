@@ -69,7 +69,7 @@ def test_a_damaged_cache_entry_is_rebuilt_and_nothing_else_is(runs: Path) -> Non
 
 
 def on_a_terminal(runs: Path, *arguments: str, interrupt_at: str = "", **extra: str) -> tuple[int, str]:
-    """Run the flow on a pseudo-terminal; type Ctrl-C once the output matches `interrupt_at`. Return status and output."""
+    """Run the flow on a pseudo-terminal; type Ctrl-C once the output matches `interrupt_at`. Return status, output."""
     pid, screen = pty.fork()
     if pid == 0:
         env = environment(runs, TERM="xterm", COLUMNS="100", **extra)
