@@ -1,11 +1,11 @@
 """A gated decoder's weights as `quick_pass` reads them: matrices laid out once for a CPU, until they change.
 
-D hidden, O outputs, I inputs.
+D hidden, O outputs, I inputs, W ids that stand for tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 TYPICAL_ROWS = 160
 LARGEST_COPY = 2**31
-"""Bytes of a decoder's matrices up to which reordered copies of them are kept beside it: 1 billion weights in bf16."""
+"""Bytes of a model's matrices up to which reordered copies of them are kept beside it: 1 billion weights in bf16."""
 PROBED_EVERY = 32
 """One row in so many tells whether a matrix was written to behind autograd's back."""
 
@@ -63,14 +63,40 @@ class Product(NamedTuple):
         return linear_plus(x, self.weight, other, self.bias)
 
 
+class Products(NamedTuple):
+    """Products of the same states: one matrix over the other where they are copied anyway, else one after the other.
+
+    Attributes:
+        parts: what is multiplied with.
+        sizes: outputs of each of the modules.
+    """
+
+    parts: tuple[Product, ...]
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, modules: Sequence[nn.Linear], lay: Layout, *, joined: bool) -> Products:
+        """Take modules' weights; either all of them have a bias or none has."""
+        sizes = tuple(module.out_features for module in modules)
+        if not joined:
+            return cls(tuple(Product.of(module, lay) for module in modules), sizes)
+        weight_OI = torch.cat([module.weight.detach() for module in modules])
+        biases = [module.bias.detach() for module in modules if module.bias is not None]
+        return cls((Product(lay(weight_OI), torch.cat(biases) if biases else None),), sizes)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the product with each module's matrix, with its bias; views of one tensor where they are joined."""
+        if len(self.parts) == 1:
+            return self.parts[0](x).split(self.sizes, -1)
+        return tuple(product(x) for product in self.parts)
+
+
 class BlockWeights(NamedTuple):
     """Of one block; the attention module says how heads are grouped and scaled."""
 
     attention: Any
     input_norm: Norm
-    query: Product
-    key: Product
-    value: Product
+    query_key_value: Products
     query_norm: Norm | None
     key_norm: Norm | None
     out: Product
@@ -80,8 +106,8 @@ class BlockWeights(NamedTuple):
     down: Product
 
     @classmethod
-    def of(cls, block: Any, lay: Layout) -> BlockWeights:
-        """Take a block's weights."""
+    def of(cls, block: Any, lay: Layout, *, joined: bool) -> BlockWeights:
+        """Take a block's weights; those of queries, keys and values one over the other where `joined`."""
         heads, mlp = block.self_attn, block.mlp
         query_norm, key_norm = (
             Norm.of(getattr(heads, name)) if hasattr(heads, name) else None for name in ("q_norm", "k_norm")
@@ -89,9 +115,7 @@ class BlockWeights(NamedTuple):
         return cls(
             heads,
             Norm.of(block.input_layernorm),
-            Product.of(heads.q_proj, lay),
-            Product.of(heads.k_proj, lay),
-            Product.of(heads.v_proj, lay),
+            Products.of((heads.q_proj, heads.k_proj, heads.v_proj), lay, joined=joined),
             query_norm,
             key_norm,
             Product.of(heads.o_proj, lay),
@@ -116,17 +140,28 @@ class LaidOut:
     Args:
         backbone: the model.
         state: from `_state`; what the weights were when they were laid out.
+
+    Attributes:
+        blocks, final_norm: of the decoder.
+        head_WD: rows of the output head that stand for tokens, which are the first.
     """
 
     def __init__(self, backbone: Backbone, state: object) -> None:
         self.state = state
-        matrices: Any = [module.weight for module in linears_of(backbone)]
-        size = sum(weight.numel() * weight.element_size() for weight in matrices)
+        head_WD = real_head(backbone)
+        matrices: Any = [*(module.weight for module in linears_of(backbone)), head_WD]
+        copied = sum(weight.numel() * weight.element_size() for weight in matrices) <= LARGEST_COPY
         lay: Layout = torch.Tensor.detach
-        if size <= LARGEST_COPY:
-            lay = layout(backbone.device, matrices[0].dtype, TYPICAL_ROWS)
-        self.blocks = [BlockWeights.of(block, lay) for block in backbone.layers]
+        if copied:
+            lay = layout(backbone.device, head_WD.dtype, TYPICAL_ROWS)
+        self.blocks = [BlockWeights.of(block, lay, joined=copied) for block in backbone.layers]
+        self.head_WD = lay(head_WD)
         self.final_norm = Norm.of(getattr(backbone.decoder, backbone.family.norm))
+
+
+def real_head(backbone: Backbone) -> Tensor:
+    """Return the rows of the output head that stand for tokens, [W, D]; leaving the others out is less than masking."""
+    return backbone.head_weight_VD[: backbone.contract.num_tokens].detach()
 
 
 _kept: WeakKeyDictionary[Backbone, LaidOut] = WeakKeyDictionary()
@@ -143,7 +178,7 @@ def laid_out(backbone: Backbone) -> LaidOut:
 
 @torch.no_grad()
 def _state(backbone: Backbone) -> object:
-    weights = [weight.detach() for weight in backbone.decoder.parameters()]
+    weights = [weight.detach() for weight in backbone.model.parameters()]
     counts = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
     # writing through `.data` counts nowhere
     probes = torch.stack([_bits(weight[::PROBED_EVERY]).sum() for weight in weights if weight.dim() == 2])

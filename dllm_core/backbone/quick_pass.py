@@ -1,9 +1,10 @@
 """One pass of a gated decoder (llama, qwen2, qwen3) for decoding on a CPU: transformers' maths, other kernels.
 
-What makes it faster, most first: matrices are reordered once for oneDNN instead of in every product; activation, gate
-and residual are part of the product before them; query heads that share keys attend in one product, without copies of
-those keys; rotary tables are made once; the last block goes on with the rows that are asked for only. In fp32 it
-differs from `Backbone.hidden` by the order of additions. In bf16 it rounds less often.
+What makes it faster, most first: matrices, the head's too, are reordered once for oneDNN instead of in every product;
+activation, gate and residual are part of the product before them, and queries, keys and values are one product; query
+heads that share keys attend in one product, without copies of those keys; rotary tables are made once; the last block
+goes on with the rows that are asked for only. In fp32 it differs from `Backbone.hidden` by the order of additions. In
+bf16 it rounds less often.
 
 B batch, L tokens run, R = B L rows, M rows asked for (of a mask: visible keys), D hidden, K key heads, G query heads
 that share a key head, H head width.
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dllm_core.backbone import attention
-from dllm_core.backbone.laid_out import BlockWeights, laid_out, linears_of
+from dllm_core.backbone.laid_out import BlockWeights, laid_out, linears_of, real_head
 from dllm_core.kernels import dispatch
 from dllm_core.layers.attention import is_plain
 from dllm_core.layers.packed_linear import gated
@@ -49,13 +50,23 @@ class Rotation(NamedTuple):
         """Return the turned heads as attention reads them, [B, N, L, H] without gaps."""
         batch, length, heads, width = x_BLNH.shape
         out_BNLH = x_BLNH.new_empty(batch, heads, length, width)
-        exchanged_BLNH = x_BLNH.roll(width // 2, -1)
-        torch.addcmul(x_BLNH * self.cos, exchanged_BLNH, self.sin, out=out_BNLH.transpose(1, 2))
+        out_BLNH = out_BNLH.transpose(1, 2)
+        torch.mul(x_BLNH, self.cos, out=out_BLNH)
+        (first, second), (by_first, by_second) = x_BLNH.chunk(2, -1), self.sin.chunk(2, -1)
+        out_first, out_second = out_BLNH.chunk(2, -1)
+        out_first.addcmul_(second, by_first)
+        out_second.addcmul_(first, by_second)
         return out_BNLH
 
 
 class DecoderPass(Protocol):
-    """Runs a decoder both ways on a canvas, whole or in part."""
+    """Runs a decoder both ways on a canvas, whole or in part.
+
+    Attributes:
+        head_WD: rows of the output head that stand for tokens, laid out for products with the states.
+    """
+
+    head_WD: Tensor
 
     def __call__(
         self,
@@ -85,7 +96,7 @@ class PlainPass:
     """
 
     def __init__(self, backbone: Backbone) -> None:
-        self.backbone = backbone
+        self.backbone, self.head_WD = backbone, real_head(backbone)
 
     def __call__(self, input_ids_BL: Tensor, *, row_M: Tensor | None = None, **options: Any) -> Tensor:
         """Return states; see `DecoderPass`."""
@@ -97,7 +108,7 @@ class QuickPass:
     """The pass of a decoder that `obstacle` has nothing against. Without gradients.
 
     Weights are laid out at the first decode, which takes about as long as a pass, and anew once they have changed.
-    Memory: where oneDNN reorders them, as much again as the decoder's matrices.
+    Memory: where they are reordered, as much again as the matrices of decoder and head.
 
     Args:
         backbone: the model.
@@ -105,6 +116,7 @@ class QuickPass:
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone, self.weights = backbone, laid_out(backbone)
+        self.head_WD = self.weights.head_WD
         self._turns: tuple[int, tuple[Rotation, Rotation]] | None = None
 
     @torch.no_grad()
@@ -164,7 +176,7 @@ def _attend(
     """Return what the heads found, [B, L, N H], before the matrix that joins them."""
     width = block.attention.head_dim
     query_BLNH, key_BLKH, value_BLKH = (
-        product(normed_BLD).unflatten(-1, (-1, width)) for product in (block.query, block.key, block.value)
+        heads_BLW.unflatten(-1, (-1, width)) for heads_BLW in block.query_key_value(normed_BLD)
     )
     if block.query_norm is not None and block.key_norm is not None:
         query_BLNH, key_BLKH = block.query_norm(query_BLNH), block.key_norm(key_BLKH)

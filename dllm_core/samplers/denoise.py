@@ -50,7 +50,7 @@ def propose(
     placed_M: Tensor | None = None,
     unconditional_MD: Tensor | None = None,
     temperature_M: Tensor | None = None,
-    fused: bool = True,
+    head_WD: Tensor | None = None,
 ) -> Proposal:
     """Draft a token for every row and score it.
 
@@ -63,10 +63,11 @@ def propose(
         placed_M: int64; token a row already holds, which is scored instead of a new draft, -1 for none.
         unconditional_MD: with guidance, the states of the canvas without its given tokens.
         temperature_M: fp32 > 0, in place of `config.temperature`; for schedules.
-        fused: let one pass over the vocabulary find token and scores where that is all there is to do.
+        head_WD: rows of the head that stand for tokens, as a decoder pass has them: lets one pass over the vocabulary
+            find token and scores where that is all there is to do.
     """
-    if fused and config.is_greedy and placed_M is None and unconditional_MD is None:
-        return _most_probable(backbone, hidden_MD, needs)
+    if head_WD is not None and config.is_greedy and placed_M is None and unconditional_MD is None:
+        return _most_probable(head_WD, hidden_MD, needs)
     parts = []
     for start in range(0, len(hidden_MD), CHUNK_ROWS):
         rows = slice(start, start + CHUNK_ROWS)
@@ -102,10 +103,8 @@ def read_out(
     return logits_MV
 
 
-def _most_probable(backbone: Backbone, hidden_MD: Tensor, needs: frozenset[str]) -> Proposal:
-    # real tokens come first in the table: leaving the others out costs less than masking them
-    real_WD = backbone.head_weight_VD[: backbone.contract.num_tokens]
-    stats = token_stats.stats(hidden_MD, real_WD, second="margin" in needs, entropy="entropy" in needs)
+def _most_probable(head_WD: Tensor, hidden_MD: Tensor, needs: frozenset[str]) -> Proposal:
+    stats = token_stats.stats(hidden_MD, head_WD, second="margin" in needs, entropy="entropy" in needs)
     margin_M = None
     if stats.second_logprob_M is not None:
         margin_M = stats.top_logprob_M.exp() - stats.second_logprob_M.exp()

@@ -51,7 +51,13 @@ class Shape:
 
 
 class Denoiser(Protocol):
-    """One way to make a pass."""
+    """One way to make a pass.
+
+    Attributes:
+        head_WD: see `DecoderPass`.
+    """
+
+    head_WD: Tensor
 
     def predict(self, canvas_BC: Tensor, spans: Sequence[Span | None], where_M: Tensor) -> Tensor:
         """Return hidden_MD, the states that predict given positions.
@@ -88,6 +94,7 @@ class FullCanvas:
 
     def __init__(self, backbone: Backbone, shape: Shape, *, quick: bool = True) -> None:
         self.shift, self.run = shift_of(backbone), pass_for(backbone, quick=quick)
+        self.head_WD = self.run.head_WD
         self.attention_mask_B1CC = None
         block_size = model_block_size(backbone)
         if shape.is_padded or block_size:
@@ -130,6 +137,7 @@ class CachedCanvas:
         backbone.check_length(shape.length)
         self.shape, self.policy, self.block_size = shape, policy, block_size
         self.shift, self.device, self.run = shift_of(backbone), backbone.device, pass_for(backbone)
+        self.head_WD = self.run.head_WD
         self.cache = SlotCache(backbone.num_layers, shape.length + 1)
         self.real_BC = shape.real_BC(self.device) if shape.is_padded else None
         self.edge_B1D: Tensor | None = None
@@ -207,6 +215,7 @@ class GuidedCanvas:
 
     def __init__(self, inner: Denoiser, given_BC: Tensor, mask_token_id: int) -> None:
         self.inner, self.given_BC, self.mask_token_id = inner, given_BC, mask_token_id
+        self.head_WD = inner.head_WD
 
     def predict(self, canvas_BC: Tensor, spans: Sequence[Span | None], where_M: Tensor) -> Tensor:
         """Return hidden_MD twice, one behind the other: with and without the given tokens."""

@@ -277,7 +277,7 @@ class Decoding:
             placed_M=placed_M,
             unconditional_MD=unconditional_MD,
             temperature_M=temperature_M,
-            fused=self.fused,
+            head_WD=self.denoiser.head_WD if self.fused else None,
         )
 
         def spread(values_M: Tensor | None) -> Tensor | None:

@@ -16,6 +16,7 @@ from dllm_core.backbone import laid_out, masks, quick_pass
 from dllm_core.backbone.backbone import Backbone
 from dllm_core.backbone.contract import Contract
 from dllm_core.backbone.slot_cache import SlotCache
+from dllm_core.kernels import token_stats
 from dllm_core.samplers.config import DiffusionGenerationConfig
 from dllm_core.samplers.loop import generate
 from tests.tiny import NUM_TOKENS, tiny_backbone, tiny_config
@@ -151,8 +152,21 @@ def test_weights_are_copied_up_to_a_size(largest: int, monkeypatch: pytest.Monke
     run = quick(backbone)
     if laid_out.layout(backbone.device, torch.float32, 1)(torch.zeros(4, 4)).is_mkldnn:
         assert run.weights.blocks[0].up.weight.is_mkldnn == (largest > 0)
+        assert run.head_WD.is_mkldnn == (largest > 0)
     with torch.no_grad():
         close(run(canvas), backbone.hidden(canvas, causal=False))
+    reads_out_as_the_model(run, backbone)
+
+
+def reads_out_as_the_model(run: quick_pass.QuickPass, backbone: Backbone) -> None:
+    """Compare what is read through the pass's head with the distribution of the model's own logits."""
+    states = torch.randn(7, backbone.hidden_size, generator=torch.Generator().manual_seed(4)).to(torch.float32)
+    found = token_stats.stats(states.to(backbone.head_weight_VD.dtype), run.head_WD, entropy=True)
+    logp = backbone.logits(states.to(backbone.head_weight_VD.dtype)).double().log_softmax(-1)[:, :NUM_TOKENS]
+    assert torch.equal(found.argmax_M, logp.argmax(-1))
+    close(found.top_logprob_M.double(), logp.amax(-1))
+    assert found.entropy_M is not None
+    close(found.entropy_M.double(), -(logp.exp() * logp).sum(-1))
 
 
 # -- weights that change ----------------------------------------------------------------------------------------------
@@ -180,6 +194,10 @@ def _loaded(backbone: Backbone) -> None:
     backbone.load_state_dict(tiny_backbone("llama", seed=9).state_dict())
 
 
+def _the_head(backbone: Backbone) -> None:
+    backbone.model.get_output_embeddings().weight.data[::3] *= 1.3
+
+
 def _cast(backbone: Backbone) -> None:
     backbone.to(torch.float64)
 
@@ -195,6 +213,16 @@ def test_changed_weights_are_laid_out_anew(change: Any) -> None:
         expected = backbone.hidden(canvas, causal=False)
     close(after, expected)
     assert not torch.allclose(before.to(after.dtype), after, atol=1e-3) or change is _cast
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_changed_head_is_laid_out_anew(tied: bool) -> None:
+    backbone = tiny_backbone("llama")
+    if not tied:
+        backbone.model.lm_head.weight = nn.Parameter(backbone.head_weight_VD.detach().flip(0).clone())
+    reads_out_as_the_model(quick(backbone), backbone)
+    _the_head(backbone)
+    reads_out_as_the_model(quick(backbone), backbone)
 
 
 def test_training_between_decodes_shows() -> None:

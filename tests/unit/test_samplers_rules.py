@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from dllm_core.backbone.backbone import Backbone
 from dllm_core.backbone.contract import Contract
+from dllm_core.backbone.laid_out import real_head
 from dllm_core.samplers.acceptance import RULES, Draft, acceptance_rule, best_candidates
 from dllm_core.samplers.config import SAMPLERS, DiffusionGenerationConfig, sampler_config
 from dllm_core.samplers.denoise import invert_cdf, propose
@@ -92,13 +93,14 @@ def test_scores_are_those_of_temperature_one() -> None:
     logits = 3 * torch.randn(40, 130)
     oracle = torch.distributions.Categorical(logits=logits[:, :97].double())
     best = oracle.probs.topk(2).values
-    for temperature in (0.0, 0.3, 2.0):
+    for temperature, rows in ((0.0, None), (0.0, real_head(head())), (0.3, None), (2.0, None)):
         found = propose(
             head(),
             logits,
             DiffusionGenerationConfig(temperature=temperature),
             NEEDS,
             uniform_M=torch.rand(40, dtype=torch.float64),
+            head_WD=rows,
         )
         assert found.margin_M is not None
         assert found.entropy_M is not None

@@ -29,7 +29,7 @@ def stats(
 
     Args:
         hidden_MD: states the head reads, float.
-        weight_VD: rows of the head, same dtype.
+        weight_VD: rows of the head, same dtype; may be laid out by `layers.packed_linear.layout`.
         blocked_V: bool; ids whose logit is -inf.
         chunk_rows: rows of logits that the reference holds at a time; default by vocabulary and device. The Triton
             kernel holds none.
@@ -37,7 +37,7 @@ def stats(
         entropy: also compute the entropy (one more pass there).
     """
     name, _ = choose("token_stats", hidden_MD.device, product_dtype(hidden_MD))
-    if name == "reference":
+    if name == "reference" or weight_VD.is_mkldnn:  # laid out for a product that is not the kernel's
         return reference.stats(hidden_MD, weight_VD, blocked_V, chunk_rows, second=second, entropy=entropy)
     from dllm_core.kernels.token_stats import triton
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dllm_core.kernels.dispatch import rows_per_chunk
+from dllm_core.layers.packed_linear import linear
 
 CACHED_ELEMENTS = 2**19
 """fp32 numbers that are worked on together on a CPU: 2 MB."""
@@ -54,7 +55,7 @@ def stats(
     # the product wants many rows at once; what follows wants a piece that stays in the CPU's cache
     piece = step if device.type != "cpu" else max(1, CACHED_ELEMENTS // weight_VD.shape[0])
     for start in range(0, num_rows, step):
-        logits_CV = hidden_MD[start : start + step] @ weight_VD.T
+        logits_CV = linear(hidden_MD[start : start + step], weight_VD)
         for offset in range(0, len(logits_CV), piece):
             part_CV = logits_CV[offset : offset + piece]
             rows = slice(start + offset, start + offset + len(part_CV))

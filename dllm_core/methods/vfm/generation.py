@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from dllm_core.backbone.laid_out import real_head
 from dllm_core.corruption.noise import NoiseSource
 from dllm_core.data.batch import Batch
 from dllm_core.errors import DllmError
@@ -117,7 +118,8 @@ def networks_besides(method: Method, job: Job) -> int:
 def _proposed(method: Method, job: Job, rows_MD: Tensor, stream: str) -> Proposal:
     uniform_BN = job.uniform(stream)
     uniform_M = None if uniform_BN is None else uniform_BN.flatten().to(rows_MD.device)
-    return propose(method.backbone, rows_MD, job.config, frozenset(), uniform_M=uniform_M)
+    backbone = method.backbone
+    return propose(backbone, rows_MD, job.config, frozenset(), uniform_M=uniform_M, head_WD=real_head(backbone))
 
 
 def _soft(method: Method, job: Job, batch: Batch, cut: Segments) -> tuple[Tensor, int]:
