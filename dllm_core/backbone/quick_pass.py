@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dllm_core.backbone import attention
 from dllm_core.backbone.laid_out import BlockWeights, laid_out, linears_of, real_head
@@ -184,6 +185,8 @@ def _attend(
     value_BKMH = value_BLKH.transpose(1, 2)
     if cache is not None:
         key_BKMH, value_BKMH = cache.update(key_BKMH, value_BKMH, layer)
+    if query_BNLH.shape[2] == 1:
+        return _single_query_attention(query_BNLH, key_BKMH, value_BKMH, mask_B1LM)[:, None]
     if is_plain(query_BNLH, key_BKMH):
         return _grouped_attention(query_BNLH, key_BKMH, value_BKMH, mask_B1LM).transpose(1, 2).flatten(2)
     found_BLNH, _ = attention.attention(
@@ -202,6 +205,16 @@ def _grouped_attention(query_BNLH: Tensor, key_BKMH: Tensor, value_BKMH: Tensor,
         # not -inf, whose softmax is NaN where nothing is seen
         scores_BKGLM.masked_fill_(~mask_B1LM[:, :, None], torch.finfo(scores_BKGLM.dtype).min)
     return torch.matmul(torch.softmax(scores_BKQM, -1), value_BKMH).view(query_BNLH.shape)
+
+
+def _single_query_attention(
+    query_BN1H: Tensor, key_BKMH: Tensor, value_BKMH: Tensor, mask_B11M: Tensor | None
+) -> Tensor:
+    """Return what the heads found for one token a row, [B, N H]: heads that share keys are queries of one sequence."""
+    batch, heads, _, width = query_BN1H.shape
+    query_BKGH = query_BN1H.view(batch, key_BKMH.shape[1], -1, width)
+    found_BKGH = F.scaled_dot_product_attention(query_BKGH, key_BKMH, value_BKMH, attn_mask=mask_B11M, scale=1.0)
+    return found_BKGH.reshape(batch, heads * width)
 
 
 def obstacle(backbone: Backbone) -> str | None:
