@@ -28,18 +28,21 @@ class Norm(NamedTuple):
     """A root-mean-square norm (arXiv 1910.07467): weight and what is added to the mean square."""
 
     weight: Tensor
-    eps: float
+    eps: Tensor
 
     @classmethod
     def of(cls, module: nn.Module) -> Norm:
         """Take a module's weight."""
         found: Any = module
-        return cls(found.weight.detach(), float(found.variance_epsilon))
+        weight = found.weight.detach()
+        return cls(weight, torch.tensor(found.variance_epsilon, dtype=torch.float32, device=weight.device))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the normalised last dimension; in fp32, rounded before the weight comes in, as transformers does."""
         wide = x.float()
-        scale = wide.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()
+        # squared again, in as few operations as there are: with one row in x, each costs about as much as a norm
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = torch.addcmul(self.eps, length, length, value=1 / x.shape[-1]).rsqrt_()
         return (wide * scale).to(x.dtype).mul_(self.weight)
 
 
