@@ -1,25 +1,35 @@
-"""Left-to-right decoding with transformers' key-value cache: the reference rows' sampler.
+"""Left-to-right decoding with kept keys and values: the reference rows' sampler, and what diffusion is compared with.
 
-A short loop of our own: HF `generate` spends a third of the time of a small model on a CPU outside the model.
-B prompts, C longest prompt, V vocabulary.
+It goes through the same passes as diffusion (`quick_pass`), so that neither side of the comparison has better kernels:
+the prompts in one causal pass, then one token of every row behind what is kept of those before it.
+
+B prompts, C longest prompt, T new tokens, D hidden, W ids that stand for tokens, M slots that a pass shows.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from dllm_core.backbone import masks
 from dllm_core.backbone.backbone import Backbone
+from dllm_core.backbone.quick_pass import pass_for
+from dllm_core.backbone.slot_cache import SlotCache
 from dllm_core.corruption.noise import NoiseSource
+from dllm_core.layers.packed_linear import linear
 from dllm_core.methods.protocol import GenerationOutput, SamplingRequest
+
+OnToken = Callable[[Tensor, Tensor], None]
+"""Called with what a pass chose, int64 [B], and bool [B], False for rows that ended before; both on the CPU."""
 
 
 @torch.no_grad()
-def decode(backbone: Backbone, prompts: Sequence[Tensor], request: SamplingRequest) -> GenerationOutput:
+def decode(
+    backbone: Backbone, prompts: Sequence[Tensor], request: SamplingRequest, *, on_token: OnToken | None = None
+) -> GenerationOutput:
     """Continue each prompt token by token; one forward pass per token for the whole batch.
 
     Prompts of different length are padded on the left and give what each gives alone (fp32, barring near-ties).
@@ -27,9 +37,10 @@ def decode(backbone: Backbone, prompts: Sequence[Tensor], request: SamplingReque
     emitted.
 
     Args:
-        backbone: run with causal attention; its mode is left alone, so put it in evaluation mode.
+        backbone: its attention is run causally; its mode is left alone, so put it in evaluation mode.
         prompts: 1-D int64 ids, at least one each.
         request: `num_steps` and `block_size` have no meaning here.
+        on_token: called after each pass; the tokens of rows that have not ended are those returned.
 
     Raises:
         DllmError: prompt and new tokens are more than the model has positions for.
@@ -38,64 +49,86 @@ def decode(backbone: Backbone, prompts: Sequence[Tensor], request: SamplingReque
     assert all(len(prompt) for prompt in prompts), "every prompt holds at least one token"
     backbone.check_length(max(map(len, prompts)) + request.max_new_tokens)
     start = time.perf_counter()
-    device = backbone.device
-    rows = _Rows(prompts, device)
+    passes = _Passes(backbone, prompts, request.max_new_tokens)
     draws_BT = _draws(len(prompts), request)
     stops = set(backbone.eos_token_ids) if request.stop_at_eos else set()
-    cache = DynamicCache(config=backbone.config)
     chosen: list[Tensor] = []
     alive_B = torch.ones(len(prompts), dtype=torch.bool)
     first_token_s = 0.0
-    input_BQ = rows.input_ids_BC
     for t in range(request.max_new_tokens):
-        states_BQD = backbone.decoder(
-            input_ids=input_BQ,
-            past_key_values=cache,
-            attention_mask=rows.mask(t),
-            position_ids=rows.positions(t),
-            is_causal=True,
-            use_cache=True,
-        ).last_hidden_state
-        logits_BV = backbone.logits(states_BQD[:, -1])
-        token_B = _pick(logits_BV, request.temperature, None if draws_BT is None else draws_BT[:, t])
-        chosen.append(token_B.cpu())
+        logits_BW = passes.next_logits(chosen[-1] if chosen else None)
+        chosen.append(_pick(logits_BW, request.temperature, None if draws_BT is None else draws_BT[:, t]))
+        if t and not stops and on_token is None:
+            continue  # nobody asks what it is: a device need not be waited for
+        token_B = chosen[-1].cpu()
         if t == 0:
             first_token_s = time.perf_counter() - start
+        if on_token is not None:
+            on_token(token_B, alive_B.clone())
         if stops:
-            alive_B &= torch.tensor([int(i) not in stops for i in chosen[-1]])
+            alive_B &= torch.tensor([token not in stops for token in token_B.tolist()])
             if not alive_B.any():
                 break
-        input_BQ = token_B[:, None]
     return _output(prompts, chosen, stops, first_token_s, request.record_history)
 
 
-class _Rows:
-    """Prompts padded on the left, with the masks and positions that padding needs (None where nothing is padded)."""
+class _Passes:
+    """The forward passes of one decode.
 
-    def __init__(self, prompts: Sequence[Tensor], device: torch.device) -> None:
-        lengths = [len(prompt) for prompt in prompts]
+    Rows end at the same slot: prompts are padded on the left, nobody sees the padding, and positions are counted from a
+    row's first token. So a pass writes one slot, and reads all slots up to it.
+
+    Args:
+        backbone: the model.
+        prompts: 1-D ids.
+        max_new_tokens: most tokens that are chosen; the last of them is fed to no pass.
+    """
+
+    def __init__(self, backbone: Backbone, prompts: Sequence[Tensor], max_new_tokens: int) -> None:
+        device, lengths = backbone.device, [len(prompt) for prompt in prompts]
         longest = max(lengths)
-        self.input_ids_BC = torch.stack(
+        self._prompt_BC = torch.stack(
             [torch.cat([p.new_zeros(longest - n), p]) for p, n in zip(prompts, lengths, strict=True)]
         ).to(device)
-        self._length_B1 = torch.tensor(lengths, device=device)[:, None]
-        self._mask_BC: Tensor | None = None
+        self._run = pass_for(backbone)
+        self._filled, capacity = 0, max(longest, longest + max_new_tokens - 1)
+        self._cache = SlotCache(backbone.num_layers, capacity)
+        self._first_B1 = torch.tensor([longest - n for n in lengths], device=device)[:, None]
+        place_1M = torch.arange(capacity, device=device)[None]
+        self._position_BM, self._seen_B11M = place_1M, None
         if min(lengths) < longest:
-            self._mask_BC = torch.arange(longest, device=device) >= longest - self._length_B1
+            self._position_BM = (place_1M - self._first_B1).clamp(min=0)
+            self._seen_B11M = (place_1M >= self._first_B1)[:, None, None]
 
-    def mask(self, t: int) -> Tensor | None:
-        """Return [B, C + t], True on tokens: t tokens have been appended."""
-        if self._mask_BC is None:
-            return None
-        return torch.nn.functional.pad(self._mask_BC, (0, t), value=True)
+    def next_logits(self, token_B: Tensor | None) -> Tensor:
+        """Return logits [B, W] in fp32 of what follows the prompts, or the tokens chosen last."""
+        states_BD = self._prompts() if token_B is None else self._tokens(token_B)
+        return linear(states_BD, self._run.head_WD).float()
 
-    def positions(self, t: int) -> Tensor | None:
-        """Return positions of the tokens that are fed now: the prompt at first, then one each."""
-        if self._mask_BC is None:
-            return None
-        if t == 0:
-            return (self._mask_BC.long().cumsum(-1) - 1).clamp(min=0)
-        return self._length_B1 + t - 1
+    def _prompts(self) -> Tensor:
+        batch, length = self._prompt_BC.shape
+        mask = masks.causal_mask(length, self._prompt_BC.device)
+        if self._seen_B11M is not None:
+            documents_BC = self._seen_B11M[:, 0, 0, :length].long() - 1
+            mask = masks.document_mask(documents_BC, causal=True)
+        self._filled = length
+        return self._run(
+            self._prompt_BC,
+            row_M=torch.arange(1, batch + 1, device=mask.device) * length - 1,
+            position_BL=self._position_BM[:, :length],
+            attention_mask_B1LM=mask,
+            cache=self._cache.at(0),
+        )
+
+    def _tokens(self, token_B: Tensor) -> Tensor:
+        at = self._filled
+        self._filled += 1
+        return self._run(
+            token_B[:, None],
+            position_BL=self._position_BM[:, at : at + 1],
+            attention_mask_B1LM=None if self._seen_B11M is None else self._seen_B11M[..., : at + 1],
+            cache=self._cache.at(at),
+        ).flatten(0, 1)
 
 
 def _draws(num_rows: int, request: SamplingRequest) -> Tensor | None:
@@ -109,23 +142,23 @@ def _draws(num_rows: int, request: SamplingRequest) -> Tensor | None:
     return torch.stack([torch.rand(request.max_new_tokens, generator=g, dtype=torch.float64) for g in generators])
 
 
-def _pick(logits_BV: Tensor, temperature: float, draw_B: Tensor | None) -> Tensor:
+def _pick(logits_BW: Tensor, temperature: float, draw_B: Tensor | None) -> Tensor:
     """Return the argmax, or the token at which the cumulative probability passes the draw."""
     if draw_B is None:
-        return logits_BV.argmax(-1)
-    cumulative_BV = (logits_BV / temperature).softmax(-1).double().cumsum(-1)
-    total_B1 = cumulative_BV[:, -1:].contiguous()
-    target_B1 = draw_B.to(logits_BV.device)[:, None] * total_B1
+        return logits_BW.argmax(-1)
+    cumulative_BW = (logits_BW / temperature).softmax(-1).double().cumsum(-1)
+    total_B1 = cumulative_BW[:, -1:].contiguous()
+    target_B1 = draw_B.to(logits_BW.device)[:, None] * total_B1
     # the first entry beyond the target: never one of probability 0, where the sum stands still
-    index_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True)
-    last_B1 = torch.searchsorted(cumulative_BV, total_B1)
+    index_B1 = torch.searchsorted(cumulative_BW, target_B1, right=True)
+    last_B1 = torch.searchsorted(cumulative_BW, total_B1)
     return torch.minimum(index_B1, last_B1)[:, 0]
 
 
 def _output(
     prompts: Sequence[Tensor], chosen: list[Tensor], stops: set[int], first_token_s: float, history: bool
 ) -> GenerationOutput:
-    tokens_BT = torch.stack(chosen, dim=1) if chosen else torch.zeros(len(prompts), 0, dtype=torch.long)
+    tokens_BT = torch.stack(chosen, dim=1).cpu() if chosen else torch.zeros(len(prompts), 0, dtype=torch.long)
     news = []
     for token_T in tokens_BT:
         ends = [i for i, token in enumerate(token_T.tolist()) if token in stops]

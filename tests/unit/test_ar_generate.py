@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dllm_core.backbone import quick_pass
 from dllm_core.backbone.ar_decode import decode
 from dllm_core.errors import DllmError
 from dllm_core.methods.ar.method import Method
@@ -61,7 +62,6 @@ def test_every_pass_shows_one_token_more_of_each_row(method: Method) -> None:
             assert committed_C.tolist() == [k < stands for k in range(len(canvas_C))]
             assert canvas_C[:stands].tolist() == whole[:stands].tolist()
             assert bool((canvas_C[stands:] == NUM_TOKENS).all()), "the mask token stands where nothing does yet"
-    assert not method.backbone.decoder._forward_pre_hooks, "nothing is left behind"
 
 
 def test_a_streamer_gets_the_prompt_and_then_token_by_token(method: Method) -> None:
@@ -86,13 +86,26 @@ def test_a_text_that_ends_early_is_shown_up_to_its_end(method: Method) -> None:
     assert int(seen[-1][1].sum()) == len(output.sequences[0])
 
 
-def test_the_hook_is_taken_off_when_a_decode_is_interrupted(method: Method) -> None:
-    def interrupted(canvas: torch.Tensor, committed: torch.Tensor) -> None:
-        raise KeyboardInterrupt
+def test_texts_of_a_batch_that_have_ended_do_not_grow(method: Method) -> None:
+    free = method.generate(PROMPTS, CONFIG)
+    method.backbone.config.eos_token_id = [int(free.sequences[0][3]), int(free.sequences[1][9])]
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    output = method.generate(PROMPTS, replace(CONFIG, stop_at_eos=True), on_draft=lambda *pair: seen.append(pair))
+    assert min(output.new_tokens) < max(output.new_tokens) == len(seen)
+    for passes, (canvas_BC, committed_BC) in enumerate(seen, start=1):
+        for prompt, canvas_C, committed_C, whole in zip(
+            PROMPTS, canvas_BC, committed_BC, output.sequences, strict=True
+        ):
+            stands = min(len(prompt) + passes, len(whole))
+            assert canvas_C[committed_C].tolist() == whole[:stands].tolist()
+            assert bool((canvas_C[~committed_C] == NUM_TOKENS).all())
 
-    with pytest.raises(KeyboardInterrupt):
-        method.generate([PROMPTS[0]], CONFIG, on_draft=interrupted)
-    assert not method.backbone.decoder._forward_pre_hooks
+
+def test_watching_takes_nothing_of_the_speed(method: Method) -> None:
+    """A hook on the decoder would send every pass through transformers' modules."""
+    obstacles = []
+    method.generate(PROMPTS, CONFIG, on_draft=lambda *_: obstacles.append(quick_pass.obstacle(method.backbone)))
+    assert obstacles == [None] * 9
 
 
 @pytest.mark.parametrize("setting", [{"top_k": 3}, {"sampler_config": "p2"}, {"cache": "dual"}, {"verify": True}])

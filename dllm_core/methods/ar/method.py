@@ -153,9 +153,7 @@ class Method(SingleNetworkMethod):
         with self.measuring():
             if on_draft is None and streamer is None:
                 return decode(self.backbone, prompts, request)
-            with Watcher(
-                self.backbone, prompts, request.max_new_tokens, on_draft=on_draft, streamer=streamer
-            ) as watcher:
-                output = decode(self.backbone, prompts, request)
-        watcher.finish(output)
+            watcher = Watcher(self.backbone, prompts, request.max_new_tokens, on_draft=on_draft, streamer=streamer)
+            output = decode(self.backbone, prompts, request, on_token=watcher.on_token)
+        watcher.finish()
         return output
