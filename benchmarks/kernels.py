@@ -198,6 +198,15 @@ def _targets(hidden_MD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
 CASES = {"token_stats": stats_case, "token_losses": losses_case, "chunk_losses": chunk_case}
 
 
+def case_of(operation: str, shape: str, rows: int, dtype: torch.dtype, device: torch.device, seed: int) -> Case:
+    """Return an operation at a named shape, on random states and weights whose logits have a spread of about 3."""
+    depth, vocab = SHAPES[shape]
+    torch.manual_seed(seed)
+    hidden_MD = torch.randn(rows, depth, device=device).to(dtype)
+    weight_VD = (torch.randn(vocab, depth, device=device) * 3 * depth**-0.5).to(dtype)
+    return CASES[operation](hidden_MD, weight_VD)
+
+
 class Clock:
     """Times a call: with device events and a cold cache on a GPU, with the clock on a CPU."""
 
@@ -313,10 +322,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]
             depth, vocab = SHAPES[shape]
             for operation in args.operations:
                 for rows in sizes[operation]:
-                    torch.manual_seed(args.seed)
-                    hidden_MD = torch.randn(rows, depth, device=device).to(DTYPES[dtype])
-                    weight_VD = (torch.randn(vocab, depth, device=device) * 3 * depth**-0.5).to(DTYPES[dtype])
-                    case = CASES[operation](hidden_MD, weight_VD)
+                    case = case_of(operation, shape, rows, DTYPES[dtype], device, args.seed)
                     names = {"operation": operation, "shape": shape, "rows": rows, "hidden": depth, "vocab": vocab}
                     results.append(names | {"dtype": dtype, **measure(case, args, dtype, clock, ceilings[dtype])})
                     print(f"  {operation}, {shape}, {rows} rows, {dtype} done", file=sys.stderr, flush=True)

@@ -111,7 +111,9 @@ class Context:
         except Exception as error:  # a row that fails must not take the others with it; the record names the cause
             traceback.print_exc()
             first = (str(error).strip().splitlines() or [""])[0]
-            self.rows.miss(name, settings or {}, f"{_report.NOT_MEASURED}: {type(error).__name__}: {first}"[:400])
+            why = f"{_report.NOT_MEASURED}: {type(error).__name__}: {first}"[:400]
+            # a record is committed: no path of this machine
+            self.rows.miss(name, settings or {}, why.replace(str(self.work), "work").replace(str(_report.ROOT), "."))
             return None
         finally:
             release(self.device)
