@@ -92,6 +92,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--time-limit", type=float, default=780.0, help="seconds after which no part is begun")
     parser.add_argument("--estimate", action="store_true", help="print parts, rounds and seconds, and stop")
     parser.add_argument("--compile", action="store_true", help="also time torch.compile'd rows")
+    parser.add_argument("--quiet", action="store_true", help="no line of progress for every round")
     parser.add_argument("--quality", type=Path, help="results of a grid, whose rows' quality is shown beside")
     parser.add_argument("--threads", type=int, help="torch threads on the CPU")
     parser.add_argument("--seed", type=int, default=0)
@@ -198,11 +199,16 @@ def measure(models: Models, part: Part, rounds: int, costs: Costs, args: argpars
     compile_s = None
     if "ours_compiled" in part.rows:
         compile_s = throughput.timed(part.rows["ours_compiled"].decode, -1).seconds
+
+    def tell(done: int, total: int) -> None:
+        if not args.quiet:
+            print(f"  {part.name}: round {done} of {total}", file=sys.stderr, flush=True)
+
     timings = throughput.interleave(
         {part.name: {name: keeping(name, row.decode) for name, row in part.rows.items()}},
         rounds={part.name: rounds},
         warmup_rounds=args.warmup,
-        on_round=lambda done, total: print(f"  {part.name}: round {done} of {total}", file=sys.stderr, flush=True),
+        on_round=tell,
     )[part.name]
     rows = {name: throughput.summary(values) for name, values in timings.items()}
     for name, values in timings.items():
@@ -333,7 +339,9 @@ def table(found: Sequence[Measurement]) -> str:
 
 def record_of(found: list[Measurement], plan: list[Planned], args: argparse.Namespace, *, untrained: bool) -> Record:
     """Return the record, checked."""
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("workdir", "out")}
+    settings = {
+        k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("workdir", "out", "quiet")
+    }
     settings["model"] = args.model if not Path(args.model).is_dir() else Path(args.model).name
     settings["quality"] = args.quality and args.quality.name
     on_gpu = args.device != "cpu"

@@ -61,6 +61,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16", help="of our rows")
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--micro-batch-size", type=int, help="sequences of a forward; default: the whole batch")
+    parser.add_argument("--sequences", type=int, help="distinct ones; default: a batch of new ones every round")
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--prompt-tokens", type=int, default=1, help="tokens of a sequence that are never masked")
     parser.add_argument("--rounds", type=int, default=16)
@@ -84,14 +86,23 @@ class Bench:
     def __init__(self, args: argparse.Namespace, directory: Path, scratch: Path) -> None:
         self.args, self.directory, self.scratch = args, directory, scratch
         self.noise = NoiseSource(args.seed)
-        backbone = Backbone.from_pretrained(directory)
-        self.data = self._sequences(backbone.contract.num_tokens)
+        self.data = self._sequences(self.num_tokens())
         self.order = SampleOrder(len(self.data), args.seed)
         self.tokens = args.batch_size * args.length
+        self.metrics: dict[str, list[dict[str, Any]]] = {}
+
+    def num_tokens(self) -> int:
+        """Return the model's real tokens."""
+        return self.backbone().contract.num_tokens
+
+    def backbone(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Backbone:
+        """Return the model, loaded anew."""
+        return Backbone.from_pretrained(self.directory, dtype=dtype, device=device)
 
     def _sequences(self, vocab: int) -> SequenceSet:
         """Return random real tokens: speed does not depend on them."""
-        args, num = self.args, self.args.batch_size * (self.args.rounds + self.args.warmup)
+        args = self.args
+        num = args.sequences or args.batch_size * (args.rounds + args.warmup)
         generator = torch.Generator().manual_seed(args.seed)
         ids_NL = torch.randint(vocab, (num, args.length), generator=generator, dtype=torch.int32)
         position_NL = torch.arange(args.length, dtype=torch.int32).repeat(num, 1)
@@ -111,7 +122,7 @@ class Bench:
     def extract(self, layers: Sequence[str]) -> tuple[AnchorStore, float]:
         """Fill an anchor store; return it and the median seconds a sequence costs."""
         dtype = torch.bfloat16 if self.args.dtype == "bf16" else torch.float32
-        backbone = Backbone.from_pretrained(self.directory, dtype=dtype, device=self.args.device)
+        backbone = self.backbone(dtype, self.args.device)
         store = AnchorStore(self.scratch / "anchors", "benchmark", "bf16")
         size, seconds = max(1, 2048 // self.args.length), []
         for start in range(0, len(self.data), size):
@@ -125,8 +136,8 @@ class Bench:
         """Return our trainer for a method."""
         args = self.args
         settings = TrainSettings(
-            steps=10_000, batch_size=args.batch_size, dtype=args.dtype, freeze=freeze, seed=args.seed,
-            checkpoint_every_s=None, weight_decay=0.01,
+            steps=10_000, batch_size=args.batch_size, micro_batch_size=args.micro_batch_size, dtype=args.dtype,
+            freeze=freeze, seed=args.seed, checkpoint_every_s=None, weight_decay=0.01,
         )  # fmt: skip
         trainer = Trainer(
             method,
@@ -144,27 +155,37 @@ class Bench:
 
     def method(self, room: str, backbone: Backbone | None = None, **options: Any) -> Method:
         """Return a room's method on the checkpoint, or on a backbone that is there."""
-        backbone = backbone or Backbone.from_pretrained(self.directory, device=self.args.device)
+        backbone = backbone or self.backbone(device=self.args.device)
         return room_method(room)(backbone, room_options(room)(**options))
 
-    def comparison(self) -> tuple[dict[str, Step], float]:
-        """Return the rows of the main comparison and the seconds that a sequence's anchors cost."""
-        args = self.args
+    def ours(self, trainer: Trainer, name: str, method: Method) -> Step:
+        """Return steps of a method under a trainer, whose metrics are kept under a name."""
+
+        def step(index: int) -> GenerationOutput:
+            trainer.method = method
+            self.metrics.setdefault(name, []).append(trainer.step(index + self.args.warmup))
+            return self.done()
+
+        return step
+
+    def our_rows(self) -> tuple[dict[str, Step], float]:
+        """Return training without and with alignment, and the seconds that a sequence's anchors cost."""
         aligned = self.method("repr_align", **ALIGNED)
         need = aligned.options.requirements(aligned.backbone.num_layers).anchors
         assert need is not None
         store, seconds = self.extract(need.layers)
         trainer = self.trainer(aligned, store)
-        masked = self.method("random_mask", aligned.backbone).train()
+        methods = {
+            "ours_random_mask": self.method("random_mask", aligned.backbone).train(),
+            "ours_repr_align_all": aligned,
+        }
+        return {name: self.ours(trainer, name, method) for name, method in methods.items()}, seconds
+
+    def comparison(self) -> tuple[dict[str, Step], float]:
+        """Return the rows of the main comparison and the seconds that a sequence's anchors cost."""
+        args = self.args
+        ours, seconds = self.our_rows()
         plain = PlainLoop(self.directory, args.device)
-
-        def ours(method: Method) -> Step:
-            def step(index: int) -> GenerationOutput:
-                trainer.method = method
-                trainer.step(index + args.warmup)
-                return self.done()
-
-            return step
 
         def theirs(live_teacher: bool) -> Step:
             def step(index: int) -> GenerationOutput:
@@ -175,8 +196,7 @@ class Bench:
 
             return step
 
-        rows = {"plain": theirs(False), "plain_live_teacher": theirs(True)}
-        return {**rows, "ours_random_mask": ours(masked), "ours_repr_align_all": ours(aligned)}, seconds
+        return {"plain": theirs(False), "plain_live_teacher": theirs(True), **ours}, seconds
 
     def frozen(self, rule: str) -> dict[str, Step]:
         """Return training of everything and training under one freezing rule."""

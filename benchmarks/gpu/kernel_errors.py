@@ -13,18 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernels import BOUND, DTYPES, difference
+from benchmarks.kernels import DTYPES, difference
 from dllm_core.kernels import dispatch, masked_ce, token_stats
 
 SIZES = ((1, 3, 97), (7, 5, 301), (33, 64, 49_153), (257, 576, 5_003), (130, 127, 151_936), (65, 2048, 151_937))
 """(M, D, V)."""
 SMOKE_SIZES = ((1, 3, 97), (7, 5, 301))
+TOLERANCE = {"fp32": 1e-3, "bf16": 1.5e-2}
+"""Of ||got - want|| / ||want||: tf32 products, and logits rounded to bf16, stay below."""
 TEMPERATURE = 0.7
 LARGEST = 1e9
 """What an error that is not finite counts as: JSON has no word for it."""
 DEFINITION = (
     "error = ||got - want|| / ||want|| of each output, want in float64 from the same inputs; the tolerance is "
-    + ", ".join(f"{bound:g} in {name}" for name, bound in BOUND.items())
+    + ", ".join(f"{bound:g} in {name}" for name, bound in TOLERANCE.items())
 )
 
 
@@ -137,7 +139,7 @@ def measure(device: torch.device, dtype_names: Sequence[str], *, quick: bool, se
                     with implementation(name):
                         value = min(error(size, DTYPES[dtype], device, seed), LARGEST)
                     row = {"kernel": kernel, "implementation": name, "dtype": dtype, "size": size}
-                    found.append({**row, "error": value, "tolerance": BOUND[dtype]})
+                    found.append({**row, "error": value, "tolerance": TOLERANCE[dtype]})
     return found
 
 
@@ -238,5 +240,5 @@ def measure_parts(device: torch.device, dtype_names: Sequence[str], *, quick: bo
             for name, kind in kinds.items():
                 row = {"kernel": f"ldlm {part}", "implementation": name, "dtype": dtype, "size": (3, length, width)}
                 value = min(difference(call(kind), want), LARGEST)
-                found.append({**row, "error": value, "tolerance": BOUND[dtype]})
+                found.append({**row, "error": value, "tolerance": TOLERANCE[dtype]})
     return found
