@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.latent_models import Pass
 from dllm_core.hardware import synchronise
 from dllm_core.layers.packed_linear import layout, linear
+
+if TYPE_CHECKING:
+    from benchmarks.latent_models import Pass
 
 DEFINITION = (
     "floor = sum over the network passes of a generation of max(bytes / bandwidth, operations / rate). Bytes of a pass:"

@@ -9,7 +9,7 @@ disk as soon as it is measured, in `cuda-<part>.json` of the output directory; t
 missing. Rows count as measured while source, hardware, versions and settings are the same; a record of others is set
 aside. `--time-limit` is for a machine that is lent for a while: parts that would not fit are left for the next time.
 Needs torch, transformers, safetensors, triton and this library, and pydantic but for `kernels`.
-The tests that need a GPU are no part of it: `python -m pytest -m gpu` is to pass first.
+The tests that need a GPU are no part of it: `make test-gpu` is to pass first.
 """
 
 from __future__ import annotations
