@@ -6,10 +6,10 @@ Rows and timing are those of `benchmarks/train.py` and `benchmarks/loss_memory.p
 from __future__ import annotations
 
 import argparse
-import tempfile
+import shutil
 import time
-from collections.abc import Callable
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
 from statistics import median
@@ -61,6 +61,17 @@ class RandomBench(train.Bench):
     def backbone(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Backbone:
         """Return the model: the same one every time."""
         return random_backbone(self.shape, torch.device(device), dtype, self.args.seed)
+
+
+@contextmanager
+def fresh_folder(path: Path) -> Iterator[Path]:
+    """Give an empty folder and remove it afterwards; what a process that was killed left there goes first."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def vendor_rate(gpu: str | None) -> float | None:
@@ -125,8 +136,8 @@ def _of_metrics(bench: RandomBench, name: str) -> tuple[float, float]:
 
 
 def _mfu(context: Context, shape: str, args: argparse.Namespace, limits: dict[str, float]) -> Measured:
-    with tempfile.TemporaryDirectory(dir=context.work) as scratch:
-        bench = RandomBench(shape, args, Path(scratch))
+    with fresh_folder(context.work / "scratch") as scratch:
+        bench = RandomBench(shape, args, scratch)
         method = bench.method("random_mask")
         rows = {NAMES[0]: bench.ours(bench.trainer(method, None), NAMES[0], method)}
         if context.device.type == "cuda":
@@ -154,9 +165,7 @@ def _mfu(context: Context, shape: str, args: argparse.Namespace, limits: dict[st
 
 
 def _call(context: Context, shape: str, args: argparse.Namespace) -> Callable[[], object]:
-    scratch = context.work / "profile"
-    scratch.mkdir(parents=True, exist_ok=True)
-    bench = RandomBench(shape, args, scratch)
+    bench = RandomBench(shape, args, context.work / "profile")
     method = bench.method("random_mask")
     step = bench.ours(bench.trainer(method, None), NAMES[0], method)
     return lambda: step(0)
@@ -175,11 +184,11 @@ def host_to_device(device: torch.device) -> float:
 
 
 def _aligned(context: Context, shape: str, args: argparse.Namespace, limits: dict[str, float]) -> Measured:
-    with tempfile.TemporaryDirectory(dir=context.work) as scratch:
-        bench = RandomBench(shape, args, Path(scratch))
+    with fresh_folder(context.work / "scratch") as scratch:
+        bench = RandomBench(shape, args, scratch)
         rows, per_sequence = bench.our_rows()
         timings = _timed(bench, rows)
-        store_bytes = sum(path.stat().st_size for path in Path(scratch).rglob("*") if path.is_file())
+        store_bytes = sum(path.stat().st_size for path in scratch.rglob("*") if path.is_file())
     (faster,) = train.throughput.compare(timings, [(NAMES[0], NAMES[1])])
     (_, plain_s), (flops, seconds) = (_of_metrics(bench, name) for name in NAMES)
     # a mask hides half of a sequence on average, and its states come from the host
