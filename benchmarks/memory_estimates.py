@@ -1,5 +1,7 @@
 """Memory of training each row at several model sizes, as the dry run estimates it; nothing is run or downloaded.
 
+Below the table: what decoding on a CPU adds to a row's weights.
+
     python benchmarks/memory_estimates.py                     # print the table of docs/hardware.md
     python benchmarks/memory_estimates.py --write             # put it there
 
@@ -85,6 +87,25 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def copies() -> str:
+    """Return a sentence on the matrices that decoding on a CPU keeps a second time, in bf16."""
+    from steps.estimates import LAID_OUT_FAMILIES, LARGEST_COPY, laid_out_bytes
+
+    sizes = {name: laid_out_bytes(shape, "cpu", "bf16") for name, (shape, _) in models().items()}
+    told = ", ".join(f"{size / 1e9:.2f} GB ({name})" for name, size in sizes.items() if size)
+    none = ", ".join(name for name, size in sizes.items() if not size)
+    families = ", ".join(LAID_OUT_FAMILIES)
+    return (
+        f"Rows that unmask on a CPU ({families}) keep the matrices of their blocks a second time from the first decode "
+        f"on,\nup to {LARGEST_COPY / 2**30:g} GiB: in bf16 {told}; {none}: none."
+    )
+
+
+def text() -> str:
+    """Return what stands between the markers of the page."""
+    return f"{table()}\n\n{copies()}"
+
+
 def rewritten(page: str, new: str) -> str:
     """Return the page with the table between its markers replaced."""
     return re.sub(f"{START}.*?{END}", lambda _: f"{START}\n\n{new}\n\n{END}", page, flags=re.DOTALL)
@@ -98,10 +119,11 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table, or put it on the page; return the exit status."""
+    """Print table and sentence, or put them on the page; return the exit status."""
+    found = text()
     if arguments(argv).write:
-        PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8"), table()), encoding="utf-8")
-    print(table())
+        PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
+    print(found)
     return 0
 
 

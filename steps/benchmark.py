@@ -197,7 +197,7 @@ def _measure(
     bench = spec.bench
     rounds = rounds_by_group(bench)
     progress = ctx.progress("benchmark", unit="round")
-    together = _fits(spec, entrants, machine)
+    together = _fits(spec, entrants, model, dtype, machine)
 
     @contextmanager
     def loaded(entrant: _Entrant) -> Iterator[Mapping[str, Decode]]:
@@ -248,12 +248,20 @@ def _load(entrant: _Entrant, bench: BenchSpec, model: ModelArtifact, dtype: str,
         entrant.peak_memory_gb = (weight_bytes(entrant.method) + peak.extra_bytes) / 1e9
 
 
-def _fits(spec: GridSpec, entrants: Sequence[_Entrant], machine: Machine) -> bool:
-    """Return whether all rows can be in memory at once; stored weights are at least as large as loaded ones."""
-    stored = sum(f.stat().st_size for e in entrants for f in e.directory.glob("*.safetensors"))
+def _fits(spec: GridSpec, entrants: Sequence[_Entrant], model: ModelArtifact, dtype: str, machine: Machine) -> bool:
+    """Return whether all rows can be in memory at once, with what decoding lays out a second time."""
+    import torch
+
+    from dllm_core.backbone.sources import read_config
+    from dllm_core.evals.memory import loaded_bytes
+    from steps.estimates import ModelShape, laid_out_bytes
+
+    loaded = sum(loaded_bytes(e.directory, torch.bfloat16 if dtype == "bf16" else torch.float32) for e in entrants)
+    copy = laid_out_bytes(ModelShape.from_config(read_config(Path(model.path))), machine.device, dtype)
+    copies = copy * sum(e.capabilities.unmasking for e in entrants)
     limit = spec.runtime.memory_limit_gb
     free = machine.memory_free if limit is None else min(machine.memory_free, limit * 1e9)
-    return stored + ROOM_TO_WORK_BYTES < free
+    return loaded + copies + ROOM_TO_WORK_BYTES < free
 
 
 def _figures(

@@ -11,7 +11,7 @@ from steps.check_data import DataFacts
 from steps.estimates import MemoryEstimate, ModelShape, RowCost
 from steps.machine import Machine
 from steps.plan_rows import PlannedRow, SharedWork
-from steps.row_costs import row_cost, row_memory
+from steps.row_costs import row_cost, row_memory, writing_copy
 from steps.shared_costs import BYTES_PER_TOKEN, AnchorCost, anchor_costs, disk_bytes, read_bytes, shared_seconds
 
 
@@ -24,6 +24,7 @@ class GridCost:
         rows: row id -> its cost.
         shared_s: name of a shared piece of work -> seconds.
         memories: row id -> bytes at the peak of its training.
+        copies: timed row -> bytes of weights that it keeps a second time to decode on a CPU; rows without are left out.
         anchors: the distinct needs of teacher states.
         disk: name -> bytes.
     """
@@ -32,6 +33,7 @@ class GridCost:
     rows: Mapping[str, RowCost]
     shared_s: Mapping[str, float]
     memories: Mapping[str, MemoryEstimate]
+    copies: Mapping[str, float]
     anchors: tuple[AnchorCost, ...]
     disk: Mapping[str, float]
 
@@ -76,9 +78,19 @@ def grid_cost(
         rows={row.row_id: costs[row.row_id] for row in rows},
         shared_s=shared_seconds(spec, rows, donors, shared, shape, data, machine, anchors, costs),
         memories={row.row_id: row_memory(spec, row, shape, machine) for row in trained},
+        copies=_copies(spec, rows, shape, machine),
         anchors=anchors,
         disk=disk_bytes(spec, (*rows, *shared.built_upon * len(spec.seeds)), shared, anchors, shape),
     )
+
+
+def _copies(spec: GridSpec, rows: tuple[PlannedRow, ...], shape: ModelShape, machine: Machine) -> Mapping[str, float]:
+    found = {
+        row.row_id: writing_copy(row, shape, machine, machine.dtype(row.train.dtype))
+        for row in rows
+        if row.seed == spec.seeds[0]
+    }
+    return {row_id: size for row_id, size in found.items() if size}
 
 
 def _train_sequences(spec: GridSpec, data: DataFacts) -> int | None:

@@ -25,6 +25,10 @@ ROW_MULTIPLE = 64
 DTYPE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0}
 TRAINED_BYTES = {"fp32": 16, "bf16": 18}
 """Of a trained parameter: weight, gradient and two moments in fp32; computing in bf16 keeps a copy of the weight."""
+LAID_OUT_FAMILIES = ("llama", "qwen2", "qwen3")
+LARGEST_COPY = 2**31
+"""Whose matrices are kept twice to decode on a CPU, and up to how many bytes: `quick_pass` and `laid_out` in
+`dllm_core.backbone`, which need torch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +102,12 @@ class ModelShape:
         return self.layers * block + d
 
     @property
+    def matrices(self) -> int:
+        """Parameters of the blocks' matrices, without norms and biases."""
+        per_position = (2 * self.heads + 2 * self.kv_heads) * self.head_dim
+        return self.layers * self.hidden * (per_position + (2 if self.family == "gpt2" else 3) * self.ffn)
+
+    @property
     def parameters(self) -> int:
         """All parameters; a tied matrix counts once."""
         learned_positions = self.positions * self.hidden if self.family == "gpt2" else 0
@@ -138,17 +148,19 @@ class MemoryEstimate:
         activations: kept for the backward pass of one micro-batch.
         rest: chunked logits and the process itself.
         per_parameter: bytes that a trained parameter stands for in `weights`.
+        copies: matrices laid out a second time for what is written in between (`laid_out_bytes`).
     """
 
     weights: float
     activations: float
     rest: float
     per_parameter: int = 16
+    copies: float = 0.0
 
     @property
     def total(self) -> float:
         """Sum in bytes."""
-        return self.weights + self.activations + self.rest
+        return self.weights + self.activations + self.rest + self.copies
 
     def smallest_gpu_gb(self) -> int | None:
         """Return the smallest common GPU (GB) that holds it, or None when none does."""
@@ -227,6 +239,22 @@ class RowCost:
     def total_s(self) -> float:
         """Sum of the three."""
         return self.train_s + self.evaluate_s + self.benchmark_s
+
+
+def laid_out_bytes(shape: ModelShape, device: str, dtype: str) -> float:
+    """Return bytes of the second copy of the blocks' matrices that unmasking keeps beside them on a CPU, else 0.
+
+    It is made at the first decode and stays as long as the model does. At most this much: a torch that cannot reorder
+    weights makes none.
+
+    Args:
+        shape: the model.
+        device: `cpu` or `cuda`.
+        dtype: of the weights that decode.
+    """
+    size = DTYPE_BYTES[dtype] * shape.matrices
+    made = device == "cpu" and shape.family in LAID_OUT_FAMILIES and size <= LARGEST_COPY
+    return size if made else 0.0
 
 
 def anchor_bytes(shape: ModelShape, sequences: int, rows: int, layers: int, dtype: str) -> float:

@@ -9,6 +9,7 @@ import yaml
 
 from dllm_core.backbone.contract import Contract
 from params.schema import GridSpec
+from steps.estimates import MemoryEstimate
 from steps.plan import Plan
 from steps.plan_rows import PlannedRow
 from steps.progress import duration
@@ -237,12 +238,31 @@ def _estimates(plan: Plan) -> str:
             f"{_bytes(memory.total)} at the peak of training {cost.memory_row}: weights, master weights, gradients and "
             f"Adam {_bytes(memory.weights)} ({memory.per_parameter} bytes a parameter),",
         ),
-        ("", f"activations {_bytes(memory.activations)}, logits and process {_bytes(memory.rest)}"),
+        ("", f"activations {_bytes(memory.activations)}, logits and process {_bytes(memory.rest)}{_sampling(memory)}"),
+        *_copies(plan),
         ("smallest GPU", f"{size} GB" if size else "larger than any single one"),
         ("disk", f"{_bytes(cost.total_disk)}: {disk}"),
         ("time", f"{duration(cost.total_s)}, one row after another (from a table of rates, not measured)"),
     ]
     return _table(table)
+
+
+def _sampling(memory: MemoryEstimate) -> str:
+    """Return what texts written during training add."""
+    return f", matrices laid out for its samples {_bytes(memory.copies)}" if memory.copies else ""
+
+
+def _copies(plan: Plan) -> list[tuple[str, str]]:
+    """Return the line on weights that rows keep twice while they are timed."""
+    copies = plan.cost.copies
+    if not copies:
+        return []
+    each = f"{_bytes(max(copies.values()))} for {'each of ' if len(copies) > 1 else ''}{_count(len(copies), 'row')}"
+    return [("", f"decoding on a CPU keeps the matrices of the blocks a second time: {each} in the benchmark")]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number != 1 else ''}"
 
 
 def _bytes(number: float) -> str:

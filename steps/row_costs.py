@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 from dllm_core.methods.requirements import BaseShape, NetworkCost
 from dllm_core.training.budget import steps_from_flops
@@ -16,6 +17,7 @@ from steps.estimates import (
     RowCost,
     ar_seconds,
     decode_seconds,
+    laid_out_bytes,
     network_memory,
     training_memory,
 )
@@ -253,4 +255,13 @@ def row_memory(spec: GridSpec, row: PlannedRow, shape: ModelShape, machine: Mach
         return MemoryEstimate(weights=size * shape.parameters, activations=0.0, rest=base.rest)
     prompt = spec.data.length - response_tokens(spec)
     positions = row.options.training_positions(prompt, response_tokens(spec))
-    return training_memory(shape, sequences, positions, dtype=dtype, checkpointing=row.train.activation_checkpointing)
+    checkpointing = row.train.activation_checkpointing
+    trained = training_memory(shape, sequences, positions, dtype=dtype, checkpointing=checkpointing)
+    if row.train.sample_every_steps is None:
+        return trained
+    return replace(trained, copies=writing_copy(row, shape, machine, dtype))
+
+
+def writing_copy(row: PlannedRow, shape: ModelShape, machine: Machine, dtype: str) -> float:
+    """Return the bytes of weights that a row keeps a second time once it has written a text."""
+    return laid_out_bytes(shape, machine.device, dtype) if row.capabilities.unmasking else 0.0

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
+_INTEGERS = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "I32": 4, "I64": 8}
+"""Bytes of a value, by its name in safetensors."""
 
 
 @dataclass
@@ -29,6 +33,24 @@ def weight_bytes(module: nn.Module) -> int:
     """Return the bytes of parameters and buffers, shared ones once."""
     tensors = [*module.parameters(), *module.buffers()]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def loaded_bytes(directory: Path, dtype: torch.dtype) -> int:
+    """Return the bytes of all weights stored below a directory once they are loaded, from the heads of the files.
+
+    Args:
+        directory: of a model or a finished cell.
+        dtype: that floating-point weights get.
+    """
+    total = 0
+    for path in directory.rglob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                stored = file.get_slice(name)
+                kind = stored.get_dtype()
+                size = dtype.itemsize if kind.startswith(("F", "BF")) else _INTEGERS[kind]
+                total += math.prod(stored.get_shape()) * size
+    return total
 
 
 def _status(field: str) -> float:

@@ -17,16 +17,19 @@ from dllm_core.backbone.backbone import Backbone
 from dllm_core.backbone.contract import read_contract
 from dllm_core.backbone.conversion import convert
 from dllm_core.backbone.identity import model_identity
+from dllm_core.backbone.sources import read_config
 from dllm_core.corruption.noise import NoiseSource
 from dllm_core.data.sequences import SequenceSet
 from dllm_core.errors import DllmError
+from dllm_core.evals.memory import loaded_bytes
 from dllm_core.evals.nelbo import block_nelbo
 from dllm_core.methods.cell import load_cell, save_cell
 from dllm_core.methods.registry import room_method, room_options
 from dllm_core.methods.requirements import AnchorNeed
 from params.schema import CellSpec, GridSpec, RowSpec
-from steps.benchmark import benchmark
+from steps.benchmark import ROOM_TO_WORK_BYTES, benchmark
 from steps.context import Context
+from steps.estimates import ModelShape, laid_out_bytes
 from steps.evaluate_cell import evaluate_cell
 from tests.sequences import random_sequences
 from tests.tiny import NUM_TOKENS
@@ -226,6 +229,20 @@ def test_benchmark_in_laps_when_memory_is_short(world: World) -> None:
     assert result.together is False
     assert len(result.rows["random_mask"]["steps"]["2"]["rounds"]) == 2
     assert any("one after another" in line for line in world.log)
+
+
+def test_copies_for_decoding_on_a_cpu_count_in_whether_rows_fit(world: World) -> None:
+    """Of `ar` and two rows that unmask, two decode from matrices that are laid out a second time."""
+    trained = {n: world.train(n, 0.01) for n in ("random_mask", "repr_align_4")}
+    rows = [world.spec.row_spec(n, 0) for n in ("ar", *trained)]
+    folders = [Path(world.model.path), *(Path(t.cell_dir) for t in trained.values())]
+    weights = sum(loaded_bytes(folder, torch.float32) for folder in folders)
+    copy = laid_out_bytes(ModelShape.from_config(read_config(world.model.path)), "cpu", "fp32")
+    assert copy > 0
+    for copies, together in ((1.9, False), (2.1, True)):
+        limit = {"memory_limit_gb": (weights + ROOM_TO_WORK_BYTES + copies * copy) / 1e9}
+        spec = world.spec.model_copy(update={"runtime": world.spec.runtime.model_copy(update=limit)})
+        assert benchmark(spec, rows, trained, world.model, world.ctx).together is together
 
 
 # -- rows without backbone, masks or bound --------------------------------------------------------------------------
