@@ -28,6 +28,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import _report
+from dllm_core.evals.intervals import ratio_interval, verdict
 from dllm_core.hardware import peak_flops, synchronise
 from dllm_core.kernels import dispatch, masked_ce, token_stats
 from dllm_core.kernels.masked_ce import reference
@@ -53,7 +54,8 @@ DEFINITION = (
     " the states read once; one product. token_losses: head and states read twice, the gradient of the states and the"
     " fp32 gradient of the head written; three products. chunk_losses: the logits read twice and written once. Share of"
     " the roofline: max(bytes / bandwidth, operations / rate) over the median time, with the ceilings measured in the"
-    " same run: a large copy (bytes read and written) and a large product."
+    " same run: a large copy (bytes read and written) and a large product. Ratios are speeds, first over second, paired"
+    " within rounds, with an interval of 95 %."
 )
 
 
@@ -289,25 +291,48 @@ def measure(case: Case, args: argparse.Namespace, dtype: str, clock: Clock, ceil
             "tflop_per_s": case.flops / middle / 1e12,
             "share_of_roofline": floor / middle,
         }
-    return {"bytes": case.num_bytes, "flops": case.flops, "floor_ms": 1e3 * floor, "implementations": found}
+    work = {"bytes": case.num_bytes, "flops": case.flops, "floor_ms": 1e3 * floor}
+    return {**work, "implementations": found, "ratios": [ratio(times, name) for name in ready[1:]]}
+
+
+def ratio(times: dict[str, list[float]], name: str) -> dict[str, Any]:
+    """Return how much faster than the reference an implementation is, over the same rounds."""
+    found = ratio_interval(times["reference"], times[name])
+    return {
+        "rows": [name, "reference"],
+        "ratio": found.value,
+        "ci95": found.as_list(),
+        "assumes_normal": found.assumes_normal,
+        "verdict": verdict(found),
+    }
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Return the results as text."""
     lines = [
-        f"{'operation':<13}{'shape':<14}{'rows':>5} {'dtype':<5} {'':<10}{'ms':>10}{'GB/s':>8}{'TFLOP/s':>9}{'roof':>7}"
+        f"{'operation':<13}{'shape':<14}{'rows':>5} {'dtype':<5} {'':<10}{'ms':>10}{'GB/s':>9}{'TFLOP/s':>9}{'roof':>7}"
+        "  over reference"
     ]
     for result in results:
+        faster = {one["rows"][0]: one for one in result["ratios"]}
         for name, row in result["implementations"].items():
             start = f"{result['operation']:<13}{result['shape']:<14}{result['rows']:>5} {result['dtype']:<5} {name:<10}"
             if isinstance(row, str):
                 lines.append(f"{start}{row}")
                 continue
             lines.append(
-                f"{start}{row['ms']:>10.3f}{row['gb_per_s']:>8.0f}{row['tflop_per_s']:>9.2f}"
-                f"{row['share_of_roofline']:>7.0%}"
+                f"{start}{row['ms']:>10.3f}{row['gb_per_s']:>9.1f}{row['tflop_per_s']:>9.2f}"
+                f"{row['share_of_roofline']:>7.0%}{_told(faster.get(name))}"
             )
     return "\n".join(lines)
+
+
+def _told(faster: dict[str, Any] | None) -> str:
+    if faster is None:
+        return ""
+    low, high = faster["ci95"]
+    interval = "" if low is None else f" ({low:.2f} to {high:.2f})"
+    return f"  {faster['ratio']:.2f}x{interval}"
 
 
 def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:

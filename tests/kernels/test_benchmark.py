@@ -55,3 +55,34 @@ def test_plain_torch_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         assert kernels.difference(outputs[1], outputs[0]) < 1e-5, name
         assert kernels.difference([x + 1 for x in outputs[1]], outputs[0]) > 1e-3
     assert kernels.difference([torch.tensor(torch.nan)], [torch.ones(())]) == float("inf")
+
+
+def test_ratios_are_paired_and_absent_where_nothing_was_measured() -> None:
+    from benchmarks import kernels
+
+    class Turns(kernels.Clock):
+        """The machine slows down from call to call; one implementation takes half as long whenever it comes."""
+
+        def __init__(self) -> None:
+            super().__init__(torch.device("cpu"))
+            self.now = 1.0
+
+        def seconds(self, case: kernels.Case, name: str) -> float:
+            self.now *= 1.1
+            return self.now * (0.5 if name == "compiled" else 1.0)
+
+    def call() -> list[torch.Tensor]:
+        return [torch.ones(2)]
+
+    case = kernels.Case(1e9, 1e12, dict.fromkeys(kernels.IMPLEMENTATIONS, call))
+    args = kernels.arguments(["--device", "cpu", "--rounds", "8"])
+    result = kernels.measure(case, args, "fp32", Turns(), {"gb_per_s": 10.0, "tflop_per_s": 1.0})
+    (found,) = result["ratios"]
+    assert found["rows"] == ["compiled", "reference"]
+    assert found["ratio"] == pytest.approx(2.0, rel=0.02), "turns change places every round"
+    assert found["ci95"][0] < 2.0 < found["ci95"][1]
+    assert found["verdict"] == "faster"
+    line = kernels.table([{"operation": "o", "shape": "s", "rows": 1, "dtype": "fp32", **result}]).splitlines()[2]
+    assert line.endswith(f"2.00x ({found['ci95'][0]:.2f} to {found['ci95'][1]:.2f})")
+    alone = kernels.arguments(["--device", "cpu", "--rounds", "8", "--implementations", "reference", "triton"])
+    assert kernels.measure(case, alone, "fp32", Turns(), {"gb_per_s": 10.0, "tflop_per_s": 1.0})["ratios"] == []
