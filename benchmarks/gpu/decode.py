@@ -78,7 +78,9 @@ class Bench:
         """Return a row of ours beside what it must move and compute."""
         setting, config = part.setting, part.rows[name].config
         assert config is not None
-        work = decode_demand.passes(self.models.backbone.config, config, setting.prompt, setting.batch)
+        backbone = self.models.backbone
+        num_tokens = backbone.contract.num_tokens
+        work = decode_demand.passes(backbone.config, num_tokens, config, setting.prompt, setting.batch)
         demand = ceilings.demand(work, 2, self.limits)
         seconds = setting.batch * setting.new / found.rows[name].tokens_per_s.median
         return {
