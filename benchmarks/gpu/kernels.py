@@ -48,26 +48,33 @@ def run(context: Context) -> dict[str, Any]:
     limits = {dtype: _ceilings(context, dtype) for dtype in ("bf16", "fp32")}
     args = _arguments(context)
     clock = timing.Clock(context.device)
-    for operation, shape, rows, dtype in points(context.smoke):
+    for dtype in ("bf16", "fp32"):
         found = limits[dtype]
-        if found is not None:
-            context.row(
-                f"{operation}, {shape}, {rows} rows, {dtype}",
-                _timing(context, (operation, shape, rows, dtype), args, clock, found),
-                settings={"rounds": args.rounds, "implementations": args.implementations},
-                needs_s=0.0 if context.smoke else NEEDS_S,
-            )
-    found = limits["bf16"]
-    if found is not None and find_spec("pydantic"):
-        for point in [(48, 3, 1, 5)] if context.smoke else LATENT_POINTS:
-            width, heads, batch, length = point
-            context.row(
-                f"latent sampler's parts, width {width}, {batch} x {length} tokens, bf16",
-                _latent_timing(context, point, args, clock, found),
-                settings={"heads": heads, "rounds": args.rounds},
-                needs_s=0.0 if context.smoke else 2 * NEEDS_S,
-            )
+        for point in points(context.smoke):
+            operation, shape, rows, wanted = point
+            if found is not None and wanted == dtype:
+                context.row(
+                    f"{operation}, {shape}, {rows} rows, {dtype}",
+                    _timing(context, point, args, clock, found),
+                    settings={"rounds": args.rounds, "implementations": args.implementations},
+                    needs_s=0.0 if context.smoke else NEEDS_S,
+                )
+        if found is not None and dtype == "bf16" and find_spec("pydantic"):
+            _time_latent_parts(context, args, clock, found)
     return {"errors": kernel_errors.DEFINITION, "times": timing.DEFINITION}
+
+
+def _time_latent_parts(
+    context: Context, args: argparse.Namespace, clock: timing.Clock, limits: dict[str, float]
+) -> None:
+    for point in [(48, 3, 1, 5)] if context.smoke else LATENT_POINTS:
+        width, heads, batch, length = point
+        context.row(
+            f"latent sampler's parts, width {width}, {batch} x {length} tokens, bf16",
+            _latent_timing(context, point, args, clock, limits),
+            settings={"heads": heads, "rounds": args.rounds},
+            needs_s=0.0 if context.smoke else 2 * NEEDS_S,
+        )
 
 
 def errors(context: Context) -> Measured:
@@ -83,7 +90,7 @@ def errors(context: Context) -> Measured:
     return {
         "headline": {"worst_over_tolerance": worst, "kernels": len(made)},
         # a suite that compared the reference with itself has compared nothing
-        "passed": context.device.type == "cpu" or bool(made),
+        "passed": context.device.type == "cpu" or made >= set(kernel_errors.KERNELS),
         "latent_parts": parts,
         "detail": found,
     }

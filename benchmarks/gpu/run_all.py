@@ -215,6 +215,7 @@ def run_parts(args: argparse.Namespace) -> int:
         short = limit_s < min(LEAST_S, args.part_limit)
         endings[part] = "not begun: no time left" if short else start(args, part, limit_s)
         told += [(part, result) for result in close(args, part, endings[part])]
+    print(json.dumps({"written": [record_path(args, part).name for part in endings]}))
     print(summary(args, endings))
     print(targets.table(told))
     return int(any(ending != "finished" for ending in endings.values()))
@@ -243,12 +244,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.worker:
         return work(args, args.worker, begun)
     try:
-        status = run_parts(args)
+        return run_parts(args)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
-    print(json.dumps({"written": str(args.out)}))
-    return status
 
 
 if __name__ == "__main__":

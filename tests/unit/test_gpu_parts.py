@@ -120,6 +120,24 @@ def _scaled(function: Any) -> Any:
     return run
 
 
+def test_a_gpu_whose_kernels_did_not_run_has_not_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = ["reference"]
+
+    def measure(*args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+        row = {"error": 0.0, "tolerance": 1.0}
+        return [{**row, "kernel": k, "implementation": i} for k in kernel_errors.KERNELS for i in ran]
+
+    monkeypatch.setattr(kernel_errors, "measure", measure)
+    monkeypatch.setattr(kernel_errors, "measure_parts", lambda *args, **kwargs: [])
+    for device, passed in (("cpu", True), ("cuda", False)):
+        context = Context("kernels", torch.device(device), True, 0, False, None, Path(), 0.0)  # type: ignore[arg-type]
+        assert kernels.errors(context)["passed"] is passed
+    ran.append("triton")
+    found = kernels.errors(context)
+    assert found["passed"]
+    assert found["headline"]["kernels"] == 2
+
+
 def test_sizes_are_those_asked_for() -> None:
     found = kernels.points(smoke=False)
     assert {(operation, dtype) for operation, _, _, dtype in found} == {

@@ -261,36 +261,44 @@ def _is_running(pid: int) -> bool:
         return False
 
 
+HANGS = """
+import subprocess, sys, time
+from pathlib import Path
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+Path(sys.argv[1]).write_text(str(child.pid))
+time.sleep(60)
+"""
+
+
 def test_a_part_that_hangs_is_ended_with_all_it_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [sys.executable, "-c", DRIVER, str(tmp_path / "log"), "--smoke", "--worker", "kernels", "--part-limit"]
-    places = ["--out", str(tmp_path), "--work", str(tmp_path / "work")]
-    monkeypatch.setattr(run_all, "worker_command", lambda args, part, limit_s: [*command, "100", *places])
+    rows = Rows(tmp_path / "smoke-kernels.json", dict(HEAD), {})
+    rows.keep("a", {}, {"x": 1.0}, 0.1)
+    rows.begin("h", {})
+    command = [sys.executable, "-c", HANGS, str(tmp_path / "child")]
+    monkeypatch.setattr(run_all, "worker_command", lambda args, part, limit_s: command)
     monkeypatch.setattr(run_all, "GRACE_S", 1.0)
-    monkeypatch.setenv("ROWS_OF_THE_TEST", "ahc")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    args = run_all.arguments(["--smoke", "--parts", "kernels", "--out", str(tmp_path), "--part-limit", "9"])
+    args = run_all.arguments(["--smoke", "--parts", "kernels", "--out", str(tmp_path), "--part-limit", "3"])
     begun = time.monotonic()
     assert run_all.run_parts(args) == 1
-    assert time.monotonic() - begun < 20
+    assert 4 <= time.monotonic() - begun < 30
     record = stored(tmp_path, "kernels")
-    assert "did not end by itself" in record["status"]
+    assert record["status"] == "ended after 4 s: it did not end by itself"
     assert record["rows"]["a"]["found"] == {"x": 1.0}
-    assert "stopped while it ran" in record["rows"]["h"]["not_measured"]
-    child = int((tmp_path / "log").read_text().split("<")[1].rstrip(">"))
-    assert not _is_running(child)
+    assert not _is_running(int((tmp_path / "child").read_text()))
     told = capsys.readouterr().out
     assert "1 of 2 rows measured" in told
-    assert "not measured: ended after 10 s" in told
+    assert "h: not measured: stopped while it ran" in told
+    assert "not measured: ended after 4 s" in told
     assert [t["verdict"] for t in record["targets"]] == ["not measured"] * len(targets.TARGETS["kernels"])
 
 
 def test_a_part_ends_itself_with_all_it_started_when_its_time_is_over(tmp_path: Path) -> None:
     """Also where nobody waits for it any more."""
     begun = time.monotonic()
-    assert driven(tmp_path, "h", "--part-limit", "3").returncode == -9
-    assert time.monotonic() - begun < 30
+    assert driven(tmp_path, "h", "--part-limit", "5").returncode == -9
+    assert time.monotonic() - begun < 50
     assert "stopped while it ran" in stored(tmp_path, "kernels")["rows"]["h"]["not_measured"]
     assert not _is_running(int((tmp_path / "log").read_text().split("<")[1].rstrip(">")))
 
