@@ -258,7 +258,7 @@ def _fits(spec: GridSpec, entrants: Sequence[_Entrant], model: ModelArtifact, dt
 
     loaded = sum(loaded_bytes(e.directory, torch.bfloat16 if dtype == "bf16" else torch.float32) for e in entrants)
     copy = laid_out_bytes(ModelShape.from_config(read_config(Path(model.path))), machine.device, dtype)
-    copies = copy * sum(e.capabilities.unmasking for e in entrants)
+    copies = copy * sum(e.capabilities.unmasking or e.capabilities.causal for e in entrants)
     limit = spec.runtime.memory_limit_gb
     free = machine.memory_free if limit is None else min(machine.memory_free, limit * 1e9)
     return loaded + copies + ROOM_TO_WORK_BYTES < free

@@ -242,7 +242,7 @@ class RowCost:
 
 
 def laid_out_bytes(shape: ModelShape, device: str, dtype: str) -> float:
-    """Return bytes of the second copy of the blocks' matrices that unmasking keeps beside them on a CPU, else 0.
+    """Return bytes of the second copy of the model's matrices that decoding keeps beside them on a CPU, else 0.
 
     It is made at the first decode and stays as long as the model does. At most this much: a torch that cannot reorder
     weights makes none.
@@ -252,7 +252,7 @@ def laid_out_bytes(shape: ModelShape, device: str, dtype: str) -> float:
         device: `cpu` or `cuda`.
         dtype: of the weights that decode.
     """
-    size = DTYPE_BYTES[dtype] * shape.matrices
+    size = DTYPE_BYTES[dtype] * (shape.matrices + shape.embedding)
     made = device == "cpu" and shape.family in LAID_OUT_FAMILIES and size <= LARGEST_COPY
     return size if made else 0.0
 

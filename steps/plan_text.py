@@ -258,7 +258,7 @@ def _copies(plan: Plan) -> list[tuple[str, str]]:
     if not copies:
         return []
     each = f"{_bytes(max(copies.values()))} for {'each of ' if len(copies) > 1 else ''}{_count(len(copies), 'row')}"
-    return [("", f"decoding on a CPU keeps the matrices of the blocks a second time: {each} in the benchmark")]
+    return [("", f"decoding on a CPU keeps the model's matrices a second time: {each} in the benchmark")]
 
 
 def _count(number: int, noun: str) -> str:

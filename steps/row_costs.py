@@ -264,4 +264,5 @@ def row_memory(spec: GridSpec, row: PlannedRow, shape: ModelShape, machine: Mach
 
 def writing_copy(row: PlannedRow, shape: ModelShape, machine: Machine, dtype: str) -> float:
     """Return the bytes of weights that a row keeps a second time once it has written a text."""
-    return laid_out_bytes(shape, machine.device, dtype) if row.capabilities.unmasking else 0.0
+    writes = row.capabilities.unmasking or row.capabilities.causal
+    return laid_out_bytes(shape, machine.device, dtype) if writes else 0.0
