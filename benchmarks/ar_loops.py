@@ -1,7 +1,8 @@
 """Greedy left-to-right decoding with a key-value cache, in every way at hand: the fastest is the one to beat.
 
 All give the same tokens in fp32. The plain model is the base model itself: causal attention, no mask row. The library's
-own loop (`dllm_core.backbone.ar_decode`) is timed beside these. B batch, V vocabulary.
+own loop (`dllm_core.backbone.ar_decode`, through `quick_pass` on a CPU) is timed beside these, and on a GPU a graph of
+one step (`ar_graph`). B batch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -59,7 +60,11 @@ def dynamic_cache(model: Any, prompts: Prompts, new_tokens: int) -> GenerationOu
 
 @torch.no_grad()
 def static_cache(
-    model: Any, prompts: Prompts, new_tokens: int, forward: Callable[..., Any] | None = None
+    model: Any,
+    prompts: Prompts,
+    new_tokens: int,
+    forward: Callable[..., Any] | None = None,
+    cache: StaticCache | None = None,
 ) -> GenerationOutput:
     """Decode with a loop over the model and transformers' preallocated cache.
 
@@ -68,11 +73,18 @@ def static_cache(
         prompts: 1-D int64 ids, all of one length.
         new_tokens: tokens to generate.
         forward: runs single tokens in place of the model: itself, compiled.
+        cache: large enough, of the same batch in every call: what is compiled for one size or address of the buffers
+            would be compiled again for another. None makes a new one.
     """
-    cache = StaticCache(config=model.config, max_cache_len=len(prompts[0]) + new_tokens)
+    if cache is None:
+        cache = StaticCache(config=model.config, max_cache_len=len(prompts[0]) + new_tokens)
+    cache.reset()
 
     def step(ids_BL: Tensor, at: int) -> Tensor:
-        run = forward if forward is not None and ids_BL.shape[1] == 1 else model
+        run = model
+        if forward is not None and ids_BL.shape[1] == 1:
+            run = forward
+            torch.compiler.cudagraph_mark_step_begin()  # what the last step returned has been read
         place_BL = torch.arange(at, at + ids_BL.shape[1], device=ids_BL.device)[None]
         return run(
             input_ids=ids_BL, position_ids=place_BL, past_key_values=cache, use_cache=True, logits_to_keep=1

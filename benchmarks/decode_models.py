@@ -84,6 +84,11 @@ class Models:
         return torch.compile(self.base, dynamic=False)
 
     @cached_property
+    def base_graphs(self) -> Any:
+        """Its forward pass, compiled and replayed as CUDA graphs."""
+        return torch.compile(self.base, dynamic=False, mode="reduce-overhead")
+
+    @cached_property
     def in_blocks(self) -> Backbone:
         """The library's model as a block-causal one."""
         return self._as_block_causal(self.backbone)

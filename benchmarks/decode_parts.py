@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, ClassVar
 
-from benchmarks import ar_loops, plain_loop
+from transformers import StaticCache
+
+from benchmarks import ar_graph, ar_loops, plain_loop
 from benchmarks.decode_models import Models
 from benchmarks.schedule import rule_of
 from dllm_core.backbone import ar_decode
@@ -22,6 +24,7 @@ from dllm_core.samplers.config import ADAPTIVE_SAMPLERS, DiffusionGenerationConf
 from dllm_core.samplers.loop import generate
 
 Decode = Callable[[int], GenerationOutput]
+ArLoop = Callable[[list[Any], int], GenerationOutput]
 AR_STEPS = 8
 """Denoising steps at which our loop is put against the best autoregressive one."""
 WARM_STEPS, WARM_TOKENS = 2, 8
@@ -186,7 +189,7 @@ def _plain(models: Models, setting: Setting, *, masked_rows: bool) -> Row:
 
 
 def _ar_rows(models: Models, setting: Setting, *, compiled: bool) -> dict[str, Row]:
-    def row(loop: Callable[[list[Any], int], GenerationOutput]) -> Row:
+    def row(loop: ArLoop) -> Row:
         def decode(index: int) -> GenerationOutput:
             prompts = models.prompts(index, setting.batch, setting.prompt)
             return loop(prompts, setting.new if index >= 0 else min(setting.new, WARM_TOKENS))
@@ -203,11 +206,27 @@ def _ar_rows(models: Models, setting: Setting, *, compiled: bool) -> dict[str, R
         "ar_static": row(lambda prompts, new: ar_loops.static_cache(models.base, prompts, new)),
         "ar_slots": row(lambda prompts, new: ar_loops.slot_cache(models.backbone, prompts, new)),
     }
+    on_gpu = models.device.startswith("cuda")
+    if on_gpu:
+        graph = ar_graph.GraphLoop(setting.prompt + setting.new)
+        rows["ar_graph"] = row(lambda prompts, new: graph(models.backbone, prompts, new))
     if compiled:
-        rows["ar_static_compiled"] = row(
-            lambda prompts, new: ar_loops.static_cache(models.base, prompts, new, models.base_compiled)
-        )
+        rows["ar_static_compiled"] = row(_kept_static_cache(models, setting, lambda: models.base_compiled))
+        if on_gpu:
+            rows["ar_static_reduce_overhead"] = row(_kept_static_cache(models, setting, lambda: models.base_graphs))
     return rows
+
+
+def _kept_static_cache(models: Models, setting: Setting, forward: Callable[[], Any]) -> ArLoop:
+    """Return a loop over a compiled pass, all calls of which write to one cache, so that the warm-up compiles it."""
+    kept: list[StaticCache] = []
+
+    def loop(prompts: list[Any], new: int) -> GenerationOutput:
+        if not kept:
+            kept.append(StaticCache(config=models.base.config, max_cache_len=setting.prompt + setting.new))
+        return ar_loops.static_cache(models.base, prompts, new, forward(), kept[0])
+
+    return loop
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------
