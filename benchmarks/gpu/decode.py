@@ -76,11 +76,13 @@ class Bench:
 
     def roofline(self, part: Part, name: str, found: Measurement) -> Measured:
         """Return a row of ours beside what it must move and compute."""
-        setting, config = part.setting, part.rows[name].config
+        setting, config, backbone = part.setting, part.rows[name].config, self.models.backbone
         assert config is not None
-        backbone = self.models.backbone
-        num_tokens = backbone.contract.num_tokens
-        work = decode_demand.passes(backbone.config, num_tokens, config, setting.prompt, setting.batch)
+        model, num_tokens = backbone.config, backbone.contract.num_tokens
+        if config.cache.kind == "exact":
+            work = decode_demand.cached_passes(model, num_tokens, config, setting.prompt, self.block_size)
+        else:
+            work = decode_demand.passes(model, num_tokens, config, setting.prompt, setting.batch)
         demand = ceilings.demand(work, 2, self.limits)
         seconds = setting.batch * setting.new / found.rows[name].tokens_per_s.median
         return {
@@ -198,10 +200,12 @@ def _block_causal(bench: Bench) -> Measured:
     part, args = bench.part(bench.shrunk(BASE), "block_causal")
     found = bench.measured(part, args)
     assert found.check is not None
+    told = bench.roofline(part, "exact", found)
     headline = {
         "over_uncached": ratio_of(found, "exact", "uncached"),
         "exact_tokens_per_s": found.rows["exact"].tokens_per_s.median,
         "uncached_tokens_per_s": found.rows["uncached"].tokens_per_s.median,
         "same_tokens_in_fp32": found.check.same_tokens,
+        "share_of_roofline": told["achieved"]["share_of_roofline"],
     }
-    return {"headline": headline, "passed": found.check.passed, "detail": found.model_dump(mode="json")}
+    return {"headline": headline, "passed": found.check.passed, **told, "detail": found.model_dump(mode="json")}

@@ -20,21 +20,21 @@ DEFINITION = (
 )
 
 
-def block(config: Any, rows: int, read: int, canvas: int) -> tuple[float, float, float]:
+def block(config: Any, rows: int, read: int, seen: float) -> tuple[float, float, float]:
     """Return (operations, weights, activations) of one block.
 
     Args:
         config: of the transformers model.
         rows: tokens of the batch, all of which become keys and values.
         read: tokens of the batch whose result is read.
-        canvas: tokens that each of them sees.
+        seen: tokens that each of them sees, on average.
     """
     hidden, inner = config.hidden_size, config.intermediate_size
     head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
     of_all = [(hidden, 2 * keys)]
     of_read = [(hidden, queries), (queries, hidden), (hidden, 2 * inner), (inner, hidden)]
-    flops = 4.0 * read * canvas * queries
+    flops = 4.0 * read * seen * queries
     activations = 2.0 * (read * queries + rows * keys)
     for count, products in ((rows, of_all), (read, of_read)):
         flops += 2.0 * count * sum(i * o for i, o in products)
@@ -54,13 +54,45 @@ def passes(model: Any, num_tokens: int, config: DiffusionGenerationConfig, promp
     """
     assert config.cache.kind == "none", "a cached pass runs part of the canvas"
     canvas = prompt + config.max_new_tokens
-    head_weights, found = float(model.hidden_size * num_tokens), list[Pass]()
-    for number, step in enumerate(inspection.planned(config, [prompt] * batch).passes, 1):
-        read = step.head_rows
-        whole = block(model, batch * canvas, batch * canvas, canvas)
-        last = block(model, batch * canvas, read, canvas)
-        flops, weights, activations = ((model.num_hidden_layers - 1) * a + b for a, b in zip(whole, last, strict=True))
-        found.append(Pass(f"blocks, step {number}", 1, flops, weights, activations))
-        head_flops, states = 2.0 * read * head_weights, float(read * model.hidden_size)
-        found.append(Pass(f"head, step {number}", 1, head_flops, head_weights, states))
+    return [
+        part
+        for number, step in enumerate(inspection.planned(config, [prompt] * batch).passes, 1)
+        for part in _step(model, num_tokens, number, batch * canvas, step.head_rows, canvas)
+    ]
+
+
+def cached_passes(
+    model: Any, num_tokens: int, config: DiffusionGenerationConfig, prompt: int, block_size: int
+) -> list[Pass]:
+    """Return what decoding one row in blocks with the exact cache consists of.
+
+    A pass runs the block that is at work and what was not kept yet (at first the prompt); a token sees the blocks up to
+    its own.
+
+    Args:
+        model: config of the transformers model.
+        num_tokens: ids that can be predicted.
+        config: of the decode; its cache is `exact`.
+        prompt: tokens of the prompt, a multiple of the block size.
+        block_size: of the model.
+    """
+    assert config.cache.kind == "exact"
+    assert prompt % block_size == 0
+    found = list[Pass]()
+    for number, step in enumerate(inspection.planned(config, [prompt], model_block=block_size).passes, 1):
+        seen = prompt + step.last_block * block_size
+        blocks = max(1, step.network_tokens // block_size)
+        mean_seen = seen - block_size * (blocks - 1) / 2
+        found += _step(model, num_tokens, number, step.network_tokens, step.head_rows, mean_seen)
     return found
+
+
+def _step(model: Any, num_tokens: int, number: int, rows: int, read: int, seen: float) -> tuple[Pass, Pass]:
+    """Return the blocks and the head of one step."""
+    whole, last = block(model, rows, rows, seen), block(model, rows, read, seen)
+    flops, weights, activations = ((model.num_hidden_layers - 1) * a + b for a, b in zip(whole, last, strict=True))
+    head_weights = float(model.hidden_size * num_tokens)
+    return (
+        Pass(f"blocks, step {number}", 1, flops, weights, activations),
+        Pass(f"head, step {number}", 1, 2.0 * read * head_weights, head_weights, float(read * model.hidden_size)),
+    )

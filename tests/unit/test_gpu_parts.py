@@ -187,6 +187,21 @@ def test_weights_and_activations_of_a_step_counted_by_hand() -> None:
     assert work[2].flops == (7 + 3) * per_row + 2 * 7 * 2 * 32 * 32
 
 
+def test_with_the_exact_cache_a_pass_runs_its_block_and_sees_what_was_kept() -> None:
+    backbone = random_backbone.random_backbone("tiny", CPU, torch.float32, 0)
+    config = DiffusionGenerationConfig(max_new_tokens=8, max_denoising_steps=4, cache="exact", stop_at_eos=False)
+    work = decode_demand.cached_passes(backbone.config, 301, config, 8, 4)[::2]
+    assert len(work) == 4
+    per_row, of_all = 2 * (32 * 32 * 2 + 32 * 128 + 64 * 32), 2 * 2 * 32 * 16
+    # the second pass of a block of four: four tokens see the eight of the prompt and themselves, two are masked still
+    assert work[1].flops == (4 + 2) * (per_row + 4 * 12 * 32) + 2 * 4 * of_all
+    # of the second block: they see four more
+    assert work[3].flops == (4 + 2) * (per_row + 4 * 16 * 32) + 2 * 4 * of_all
+    # the first pass of all runs the prompt too, whose two blocks see 4 and 8, the one at work 12
+    first = 12 * (per_row + 4 * 8 * 32) + 4 * (per_row + 4 * 8 * 32) + 2 * 12 * of_all
+    assert work[0].flops == first
+
+
 def test_random_models_are_one_model_in_the_ways_that_rows_need() -> None:
     models = random_backbone.RandomModels("tiny", CPU, torch.float32, 0, 4)
     ours, plain, base = models.backbone, models.plain, models.base
