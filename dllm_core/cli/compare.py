@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict, dataclass, replace
+from math import inf
 from typing import TYPE_CHECKING
 
 from dllm_core.cli.cells import Cell
@@ -81,12 +84,14 @@ def compare(cells: Sequence[Cell], prompt: str, options: Namespace) -> int:
     Raises:
         DllmError: an empty prompt, or a value that no cell would take.
     """
-    from dllm_core.cli.loading import Machine, accepted_arguments
-
-    settings = Settings(vars(options))
-    requests = [settings.request(cell, accepted_arguments(cell), leave_out=True) for cell in cells]
+    cells = _told_apart(cells)
     terminal = None if options.json else Terminal()
-    job = _Job(prompt, Machine.choose(options.device, options.dtype, verify=options.verify), options, terminal)
+    with _waiting(terminal, "loading ..."):
+        from dllm_core.cli.loading import Machine, accepted_arguments
+
+        settings = Settings(vars(options))
+        requests = [settings.request(cell, accepted_arguments(cell), leave_out=True) for cell in cells]
+        job = _Job(prompt, Machine.choose(options.device, options.dtype, verify=options.verify), options, terminal)
     if terminal:
         terminal.text(Span(prompt))
         terminal.lines([[]])
@@ -96,13 +101,26 @@ def compare(cells: Sequence[Cell], prompt: str, options: Namespace) -> int:
         if terminal:
             _show_band(rows, len(cells), terminal)
     if terminal:
-        terminal.lines(_table(rows))
+        terminal.lines(_table(rows, terminal.full_columns if terminal.is_live else inf))
         for line in _remarks(rows, job):
             terminal.note(line)
     else:
         told = {"prompt": prompt, "seed": options.seed or 0, "machine": str(job.machine), "note": NOTE}
         print(json.dumps({**told, "cells": [asdict(row) for row in rows]}, indent=1))
     return int(any(row.error for row in rows))
+
+
+def _waiting(terminal: Terminal | None, what: str) -> AbstractContextManager[None]:
+    return nullcontext() if terminal is None else terminal.waiting(what)
+
+
+def _told_apart(cells: Sequence[Cell]) -> list[Cell]:
+    """Return the cells with names of their own: one cell of two runs, given by its paths, has the same in both."""
+    seen, apart = Counter[str](), list[Cell]()
+    for cell in cells:
+        seen[cell.name] += 1
+        apart.append(replace(cell, name=f"{cell.name} {seen[cell.name]}") if seen[cell.name] > 1 else cell)
+    return apart
 
 
 def columns_at_once(columns: int) -> int:
@@ -112,11 +130,16 @@ def columns_at_once(columns: int) -> int:
 
 def _row(cell: Cell, request: Request, job: _Job, title: str) -> Row:
     """Let one cell write; it is in memory no longer than this runs."""
-    from dllm_core.cli.loading import decode, loaded, prompt_ids
+    from dllm_core.cli.loading import decode, has_chat_template, loaded, prompt_ids
 
     try:
-        with loaded(cell, job.machine) as held:
-            ids_L = prompt_ids(job.prompt, held.method.tokenizer, chat=job.options.chat)
+        with ExitStack() as stack:
+            with _waiting(job.terminal, f"loading {title} ..."):
+                held = stack.enter_context(loaded(cell, job.machine))
+            chat = job.options.chat and has_chat_template(held.method.tokenizer)
+            if job.options.chat and not chat:
+                request = replace(request, left_out=(*request.left_out, "--chat (no chat template)"))
+            ids_L = prompt_ids(job.prompt, held.method.tokenizer, chat=chat)
             row = row_of_prompt(ids_L, request.config.max_new_tokens)
             if job.terminal is not None and job.terminal.is_live:
                 watched(held, row, request, job.options, job.terminal, title)
@@ -158,14 +181,24 @@ def _blocks(rows: Sequence[Row], columns: int, at_once: int) -> list[Line]:
     for row in rows:
         speed = "" if row.error else f"  {row.tokens_per_s:,.0f} tokens/s"
         head = [Span(row.cell, Style.TITLE), Span(speed, Style.NOTE)]
-        body = [Span(row.error, Style.WRONG)] if row.error else [Span(row.text.strip(), Style.WRITTEN)]
-        blocks.append([head, *wrap(body, each)])
+        blocks.append([head, *wrap([_body(row)], each)])
     return [*beside(blocks, each, _GAP), []]
 
 
-def _table(rows: Sequence[Row]) -> list[Line]:
+def _body(row: Row) -> Span:
+    if row.error:
+        return Span(row.error, Style.WRONG)
+    text = row.text.strip()
+    return Span(text, Style.WRITTEN) if text else Span("(white space alone)", Style.NOTE)
+
+
+def _table(rows: Sequence[Row], columns: float) -> list[Line]:
+    """Return the figures of all rows, as many columns of them as fit into the width."""
     cells = [_HEADER, *(_figures(row) for row in rows)]
     widths = [max(width(line[k]) for line in cells) for k in range(len(_HEADER))]
+    while len(widths) > 2 and sum(widths) + 2 * (len(widths) - 1) > columns:
+        widths.pop()
+    cells = [line[: len(widths)] for line in cells]
     lines = []
     for i, line in enumerate(cells):
         style = Style.NOTE if i == 0 else Style.PLAIN

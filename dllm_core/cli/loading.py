@@ -130,11 +130,16 @@ def prompt_ids(prompt: str, tokenizer: Any, *, chat: bool = False) -> Tensor:
         return torch.tensor(
             [*([] if bos is None else [bos]), *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
         )
-    if not getattr(tokenizer, "chat_template", None):
+    if not has_chat_template(tokenizer):
         raise DllmError("The cell's tokenizer has no chat template.", "Leave --chat out: the prompt is then continued.")
     turns = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def has_chat_template(tokenizer: Any) -> bool:
+    """Whether a prompt can be put into the turns of a conversation."""
+    return bool(getattr(tokenizer, "chat_template", None))
 
 
 @dataclass(frozen=True)

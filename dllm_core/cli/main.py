@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import sys
@@ -23,17 +24,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given or given[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0
+    _print_anything()
     try:
         return _run(parse(given))
     except DllmError as error:
         print(f"error: {error}", file=sys.stderr)
         return _BAD_INPUT
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("\ninterrupted" if sys.stderr.isatty() else "interrupted", file=sys.stderr)  # behind the terminal's ^C
         return _INTERRUPTED
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _print_anything() -> None:
+    """Have a stream that knows few characters print something in place of the others, whatever a model writes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and (stream.encoding or "").lower() not in ("utf-8", "utf8"):
+            stream.reconfigure(errors="replace")
 
 
 def _run(options: Namespace) -> int:
@@ -42,15 +51,15 @@ def _run(options: Namespace) -> int:
         from dllm_core.cli.compare import compare
         from dllm_core.cli.writing import PROMPT
 
-        prompt = _text(options.words, "compare") or PROMPT
-        return compare(_wanted(options.cells, runs_dir), prompt, options)
+        prompt = _text(options.words, "compare")
+        return compare(_wanted(options.cells, runs_dir), PROMPT if prompt is None else prompt, options)
     from dllm_core.cli import writing
 
     cell, text = _cell_and_text(options, runs_dir)
     if options.command == "sample":
-        writing.sample(cell, text or writing.PROMPT, options)
+        writing.sample(cell, writing.PROMPT if text is None else text, options)
     else:
-        writing.infill(cell, text or writing.GAPPED, options)
+        writing.infill(cell, writing.GAPPED if text is None else text, options)
     return 0
 
 
@@ -81,17 +90,37 @@ def _text(words: Sequence[str], command: str) -> str | None:
     """Return the text that was given, from a pipe where none was; None where nothing is there.
 
     Raises:
-        DllmError: several texts.
+        DllmError: several texts, or bytes that are no text.
     """
     if len(words) > 1:
         raise DllmError(
             f"One argument too many: {words[1]!r}.", f'Quote a text of several words: {command} CELL "several words".'
         )
     if words and words[0] != "-":
-        return words[0]
-    if words or _is_pipe():
-        return sys.stdin.read().rstrip("\n") or None
-    return None
+        return _decoded(words[0])
+    if not words and not _is_pipe():
+        return None
+    found = _decoded(sys.stdin.read()).rstrip("\n")
+    return found if found or words else None  # a pipe that nobody asked for may be empty
+
+
+def _decoded(text: str) -> str:
+    """Return text; bytes that the locale could not decode are decoded as UTF-8.
+
+    Raises:
+        DllmError: they are none.
+    """
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:  # Python keeps such bytes as lone surrogates
+        pass
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeError as error:
+        raise DllmError(
+            "The text is not UTF-8.", "Convert it first: iconv -f latin1 -t utf-8 FILE, or whatever it is in."
+        ) from error
 
 
 def _is_pipe() -> bool:

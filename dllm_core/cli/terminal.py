@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Self, TextIO
 
 from dllm_core.cli.spans import Line, Span, Style, paint, wrap
@@ -57,7 +58,8 @@ class Terminal:
 
     def lines(self, lines: Sequence[Line]) -> None:
         """Print finished lines."""
-        self.stream.write("".join(paint(line, colour=self.colour) + "\n" for line in lines))
+        drawn = (paint(line, colour=self.colour) for line in lines)
+        self.stream.write("".join(f"{line if self.is_live else line.rstrip()}\n" for line in drawn))
         self.stream.flush()
 
     def text(self, *spans: Span) -> None:
@@ -74,6 +76,20 @@ class Terminal:
             self.lines(wrap([Span(text, Style.NOTE)], self.columns))
         else:
             print(text, file=sys.stderr)
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Show a line on a live terminal for the length of a `with` block."""
+        if not self.is_live:
+            yield
+            return
+        self.stream.write(paint([Span(what[: self.full_columns - 1], Style.NOTE)], colour=self.colour))
+        self.stream.flush()
+        try:
+            yield
+        finally:
+            self.stream.write("\r\x1b[K")
+            self.stream.flush()
 
 
 class Region:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from dllm_core.cli.cells import Cell
@@ -14,7 +15,7 @@ from dllm_core.cli.terminal import Region, Terminal
 from dllm_core.errors import DllmError
 
 if TYPE_CHECKING:
-    from dllm_core.cli.loading import Decode, Loaded
+    from dllm_core.cli.loading import Decode, Loaded, Machine
 
 PROMPT = "My fellow citizens, the state of our union is"
 GAPPED = "My fellow {{2}}, the state of our {{1}} is strong, and {{6}} of the people."
@@ -32,15 +33,14 @@ def sample(cell: Cell, prompt: str, options: Namespace) -> None:
     Raises:
         DllmError: a setting that the cell does not have, or an empty prompt.
     """
-    from dllm_core.cli.loading import Machine, accepted_arguments, loaded, prompt_ids
+    with ExitStack() as stack:
+        held, request, machine = _loaded(stack, cell, options)
+        from dllm_core.cli.loading import prompt_ids
 
-    request = Settings(vars(options)).request(cell, accepted_arguments(cell))
-    machine = Machine.choose(options.device, options.dtype, verify=options.verify)
-    with loaded(cell, machine) as held:
         ids_L = prompt_ids(prompt, held.method.tokenizer, chat=options.chat)
         row = row_of_prompt(ids_L, request.config.max_new_tokens)
         done = _write(held, row, request, options)
-        _tell(held, done, request, str(machine))
+        _tell(held, done, request, machine)
 
 
 def infill(cell: Cell, text: str, options: Namespace) -> None:
@@ -54,24 +54,34 @@ def infill(cell: Cell, text: str, options: Namespace) -> None:
     Raises:
         DllmError: a cell that cannot, a setting that it does not have, or no gap.
     """
-    from dllm_core.cli.loading import Machine, accepted_arguments, loaded
-
     parts = split(text)
-    if "infill_mask" not in (accepted := accepted_arguments(cell)):
-        way = "writes token by token" if cell.kind == "ar" else "writes from latents"
-        raise DllmError(
-            f"'{cell.name}' {way} and cannot fill in gaps.",
-            "Take a cell that fills in masks, such as random_mask; sample writes on with any cell.",
-        )
-    request = Settings(vars(options)).request(cell, accepted)
-    machine = Machine.choose(options.device, options.dtype, verify=options.verify)
-    with loaded(cell, machine) as held:
+    with ExitStack() as stack:
+        held, request, machine = _loaded(stack, cell, options, fills_gaps=True)
         row = encode(parts, held.method.tokenizer)
         done = _write(held, row, request, options)
         terminal = Terminal()
         for (start, stop), piece in zip(row.gaps, _pieces(held, row, done)[1::2], strict=True):
             terminal.note(f"{{{{{stop - start}}}}} {piece!r}")
-        _tell(held, done, request, str(machine))
+        _tell(held, done, request, machine)
+
+
+def _loaded(
+    stack: ExitStack, cell: Cell, options: Namespace, *, fills_gaps: bool = False
+) -> tuple[Loaded, Request, Machine]:
+    """Return a cell in memory, which leaves it with the stack, how it is asked, and what it computes on."""
+    with Terminal().waiting(f"loading {cell.name} ..."):
+        from dllm_core.cli.loading import Machine, accepted_arguments, loaded
+
+        accepted = accepted_arguments(cell)
+        if fills_gaps and "infill_mask" not in accepted:
+            way = "writes token by token" if cell.kind == "ar" else "writes from latents"
+            raise DllmError(
+                f"'{cell.name}' {way} and cannot fill in gaps.",
+                "Take a cell that fills in masks, such as random_mask; sample writes on with any cell.",
+            )
+        request = Settings(vars(options)).request(cell, accepted)
+        machine = Machine.choose(options.device, options.dtype, verify=options.verify)
+        return stack.enter_context(loaded(cell, machine)), request, machine
 
 
 def watched(held: Loaded, row: Gapped, request: Request, options: Namespace, terminal: Terminal, title: str) -> Decode:
@@ -121,7 +131,7 @@ def _spans(pieces: Sequence[str]) -> list[Span]:
     return [Span(piece, Style.WRITTEN if i % 2 else Style.PLAIN) for i, piece in enumerate(pieces)]
 
 
-def _tell(held: Loaded, done: Decode, request: Request, machine: str) -> None:
+def _tell(held: Loaded, done: Decode, request: Request, machine: Machine) -> None:
     from dllm_core.cli.loading import facts
 
     terminal = Terminal()

@@ -18,6 +18,7 @@ import torch
 
 from dllm_core import DiffusionGenerationConfig, load_cell
 from dllm_core.cli import canvas_view, loading
+from dllm_core.cli.compare import Row, _blocks
 from dllm_core.cli.main import main
 from tests.fake_terminal import FakeTerminal
 from tests.tiny_run import LATENT_ROWS, MASK_ROWS, ROWS, write_run
@@ -158,7 +159,21 @@ def test_a_text_taller_than_the_terminal_does_not_move_the_cursor_off_it(termina
 
 def test_drafts_are_shown_where_they_are_asked_for(terminal: FakeTerminal) -> None:
     assert on(terminal, "sample", "random_mask", PROMPT, *FEW, "--steps", "3", "--pace", "0", "--drafts") == 0
-    assert not any("░" in frame for frame in terminal.frames[1:])
+    forming = [frame for frame in terminal.frames if is_forming(frame, "random_mask")]
+    assert "░" in forming[0], "before the first step there is no draft"
+    assert len(forming) > 1
+    assert not any("░" in frame for frame in forming[1:])
+
+
+def test_what_takes_its_time_is_named_and_leaves_no_trace(terminal: FakeTerminal) -> None:
+    assert on(terminal, "compare", PROMPT, *FEW, "--steps", "4", "--cells", "ldlm,cola", "--pace", "0") == 0
+    waits = [frame.splitlines()[-1] for frame in terminal.frames if frame.endswith(" ...")]
+    assert waits == ["loading ...", "loading ldlm (1 of 2) ...", "loading cola (2 of 2) ..."]
+    assert "loading" not in terminal.shown()
+    other = FakeTerminal()
+    assert on(other, "sample", "ldlm", PROMPT, *FEW, "--rule", "p2") == 2
+    assert other.frames[0] == "loading ldlm ..."
+    assert not other.shown(), "an error begins on an empty line"
 
 
 def test_quick_models_wait_for_the_eye_and_the_wait_is_not_counted(terminal: FakeTerminal) -> None:
@@ -188,6 +203,41 @@ def test_a_prompt_comes_through_a_pipe(runs: Path, tmp_path: Path, capsys, monke
         monkeypatch.setattr("sys.stdin", piped)
         assert main(["sample", "random_mask", "--steps", "4", *FEW]) == 0
     assert capsys.readouterr().out == expected(runs, "random_mask")[0] + "\n"
+
+
+def test_an_empty_pipe_is_no_prompt_and_an_empty_prompt_is_refused(tmp_path: Path, capsys, monkeypatch) -> None:
+    (tmp_path / "prompt").write_text("")
+    with (tmp_path / "prompt").open() as piped:
+        monkeypatch.setattr("sys.stdin", piped)
+        assert main(["sample", "random_mask", "--steps", "4", *FEW]) == 0
+        assert capsys.readouterr().out.startswith("My fellow citizens")
+        for words in (["sample", "random_mask", ""], ["sample", "random_mask", "-"], ["compare", "", "--json"]):
+            code = main([*words, *FEW])
+            out, err = capsys.readouterr()
+            assert "The prompt is empty." in (err or out)
+            assert code != 0
+
+
+@pytest.mark.parametrize("text", ["Grüße 日本", "caf\xe9"])
+def test_bytes_that_the_locale_cannot_decode_are_utf8_or_refused(text: str, runs: Path, capsys, monkeypatch) -> None:
+    is_text = text.startswith("G")
+    raw = text.encode() if is_text else text.encode("latin-1")
+    typed = raw.decode("ascii", "surrogateescape")
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    for given in (typed, "-"):
+        assert main(["sample", "ar", given, *FEW]) == (0 if is_text else 2)
+        out, err = capsys.readouterr()
+        assert out == (expected(runs, "ar", text)[0] + "\n" if is_text else "")
+        assert is_text or err.startswith("error: The text is not UTF-8.\nConvert it first")
+
+
+def test_a_stream_of_few_characters_gets_something_for_the_others(runs: Path, monkeypatch) -> None:
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", narrow)
+    assert main(["sample", "ar", "Grüße", *FEW]) == 0
+    narrow.flush()
+    written = expected(runs, "ar", "Grüße")[0]
+    assert narrow.buffer.getvalue() == (written + "\n").encode("ascii", "replace")  # type: ignore[attr-defined]
 
 
 def test_without_a_prompt_there_is_a_sentence_to_go_on_with(capsys) -> None:
@@ -344,6 +394,40 @@ def test_a_cell_that_cannot_write_does_not_stop_the_others(capsys) -> None:
     out = capsys.readouterr().out
     assert "--steps=1 is too few for the" in " ".join(out.split())
     assert out.splitlines()[-3].split() == ["block_causal", *"-----"]
+
+
+def test_a_cell_without_a_chat_template_goes_on_without_and_that_is_said_once(capsys) -> None:
+    names = "ar,random_mask,ldlm"
+    assert main(["compare", PROMPT, *FEW, "--steps", "4", "--cells", names, "--chat", "--json"]) == 0
+    chatted = json.loads(capsys.readouterr().out)["cells"]
+    assert main(["compare", PROMPT, *FEW, "--steps", "4", "--cells", names, "--json"]) == 0
+    plain = json.loads(capsys.readouterr().out)["cells"]
+    assert [row["text"] for row in chatted] == [row["text"] for row in plain]
+    assert [row["left_out"][-1] for row in chatted] == 3 * ["--chat (no chat template)"]
+    assert main(["compare", PROMPT, *FEW, "--cells", names, "--chat"]) == 0
+    out, notes = capsys.readouterr()
+    assert f"Not applied: --chat (no chat template) to {names.replace(',', ', ')}." in notes
+    assert (out + notes).count("template") == 1
+
+
+def test_one_cell_of_two_runs_has_two_names(runs: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "ar").symlink_to(cell_dir(runs, "ar").resolve())
+    assert main(["compare", PROMPT, *FEW, "--cells", f"ar,{tmp_path / 'ar'}", "--json"]) == 0
+    assert [row["cell"] for row in json.loads(capsys.readouterr().out)["cells"]] == ["ar", "ar 2"]
+
+
+def test_figures_that_do_not_fit_are_left_out_on_a_terminal(terminal: FakeTerminal, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "34")
+    assert on(terminal, "compare", PROMPT, *FEW, "--steps", "4", "--cells", "random_mask,ldlm", "--pace", "0") == 0
+    lines = [line.rstrip() for line in terminal.shown().splitlines()]
+    assert all(len(line) <= 34 for line in lines)
+    assert ["cell", "tok/s", "NFE"] in [line.split() for line in lines]
+
+
+def test_a_text_of_white_space_says_so() -> None:
+    row = Row(cell="a", method="ar", text=" \n\n", tokens=3, seconds=1.0, tokens_per_s=3.0, passes=3)
+    shown = ["".join(span.text for span in line).strip() for line in _blocks([row], 60, 1)]
+    assert shown == ["a  3 tokens/s", "(white space alone)", ""]
 
 
 def test_one_model_at_a_time_is_in_memory(capsys, monkeypatch) -> None:
