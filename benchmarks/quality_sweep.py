@@ -3,17 +3,21 @@
     python benchmarks/quality_sweep.py runs/reports/latest/cells/random_mask --base
     python benchmarks/quality_sweep.py CELL_DIR CELL_DIR --steps 4,8,16 --samples 4 --sequences 4 --threads 1
     python benchmarks/quality_sweep.py CELL_DIR --speeds runs/reports/latest/results.json --no-parallelism
+    python benchmarks/quality_sweep.py --page                 # measure nothing: write the page on what is stored
 
 Model, held-out text and judge are those of the preset (`--preset`, `--set`), through its step cache: name the one that
 the cells were trained with. Writes JSON with the usual header, and beside it two PNGs. Tokens a second in brackets are
 those of this evaluation; `--speeds` takes the benchmark's from a report. Needs the whole grid (`make install`).
+`--page` puts tables and pictures of `benchmarks/results/quality_sweep-cpu.json` (or `--out`) into docs/quality.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from steps.prepare_model import ModelArtifact
     from steps.report.schema import Results
 
+PAGE = _report.ROOT / "docs" / "quality.md"
 BASE = "ar"
 """Row of the unconverted model."""
 
@@ -38,7 +43,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         return [int(part) for part in text.split(",")]
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cells", nargs="+", type=Path, help="directories of finished cells")
+    parser.add_argument("cells", nargs="*", type=Path, help="directories of finished cells")
     parser.add_argument("--base", action="store_true", help="measure the unconverted model too")
     parser.add_argument("--preset", default="laptop", help="whose model, text and judge")
     parser.add_argument("--set", default="", help="settings, as for the grid; eval.parallelism.* and more")
@@ -52,7 +57,11 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--speeds", type=Path, help="results.json of a report, for the benchmark's tokens a second")
     parser.add_argument("--threads", type=int, help="torch threads on the CPU")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/quality_sweep-<device>.json")
-    return parser.parse_args(argv)
+    parser.add_argument("--page", action="store_true", help="measure nothing: write the page on what is stored")
+    args = parser.parse_args(argv)
+    if not (args.cells or args.base or args.page):
+        parser.error("name the directories of finished cells, or give --base or --page")
+    return args
 
 
 def overrides(args: argparse.Namespace) -> str:
@@ -94,9 +103,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         told, method = _loaded(directory, spec, model, args.preset, dtype, device)
         name = next(n for i in range(len(args.cells) + 1) if (n := told["cell"] + f" {i + 1}" * (i > 0)) not in found)
         print(f"{name} ...", file=sys.stderr, flush=True)
-        measuring = (spec, method, model, heldout, dtype, device)
+        measuring, started = (spec, method, model, heldout, dtype, device), time.perf_counter()
         curves = None if args.no_parallelism else sweep_cell.parallel_accuracy(*measuring)
         found[name] = {**told, "step_sweep": sweep_cell.step_quality(*measuring), "parallelism": curves}
+        found[name]["wall_s"] = time.perf_counter() - started
     best = best_accuracies(row["parallelism"] for row in found.values() if row["parallelism"])
     for row in found.values():
         if row["parallelism"]:
@@ -194,9 +204,47 @@ def draw(record: dict[str, Any], path: Path) -> list[Path]:
     for name, make in (("steps", quality_by_steps), ("parallelism", parallelism_curves)):
         figure = make(results)
         if figure is not None:
-            written.append(path.with_name(f"{path.stem}-{name}.png"))
+            written.append(_picture(path, name))
             figure.savefig(written[-1], dpi=130)
     return written
+
+
+def page(record: dict[str, Any], path: Path) -> str:
+    """Return the page on a stored record: tables, pictures beside it, and what they mean."""
+    from steps.report import sweeps
+
+    results = as_results(record)
+    hardware, settings = record["hardware"], record["settings"]
+    lines = [
+        "# Quality by denoising steps, and under parallelism",
+        "",
+        f"Written by `python benchmarks/quality_sweep.py --page` from [{path.name}]({_link(path)}):",
+        f"`{record['command']}`, commit {record['commit'][:10]}, seed {record['seed']},",
+        f"{hardware['gpu'] or hardware['cpu']}, {hardware['cores']} cores, {record['dtype']}, {record['date'][:10]}.",
+        f"{settings['samples']} continuations at each number of steps: look at the course, not at single figures.",
+    ]
+    for title, name, table, note in (
+        ("Quality by denoising steps", "steps", sweeps.steps_table(results), sweeps.steps_note(results)),
+        (
+            "Accuracy under parallelism",
+            "parallelism",
+            sweeps.parallelism_table(results),
+            sweeps.parallelism_note(results),
+        ),
+    ):
+        if table.count("\n") > 1:
+            picture = _picture(path, name)
+            shown = [f"![{title}]({_link(picture)})", ""] if picture.is_file() else []
+            lines += ["", f"## {title}", "", *shown, table, "", note]
+    return "\n".join(lines) + "\n"
+
+
+def _link(path: Path) -> str:
+    return os.path.relpath(path.absolute(), PAGE.parent)
+
+
+def _picture(path: Path, name: str) -> Path:
+    return path.with_name(f"{path.stem}-{name}.png")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -207,7 +255,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from steps.report import sweeps
 
     args = arguments(argv)
-    settings = {k: v for k, v in vars(args).items() if k not in ("cells", "runs_dir", "out", "speeds")}
+    if args.page:
+        stored = args.out or _report.RESULTS / "quality_sweep-cpu.json"
+        PAGE.write_text(page(json.loads(stored.read_text(encoding="utf-8")), stored), encoding="utf-8")
+        print(json.dumps({"written": [str(PAGE)]}))
+        return 0
+    settings = {k: v for k, v in vars(args).items() if k not in ("cells", "runs_dir", "out", "speeds", "page")}
     try:
         record = _report.header("quality_sweep", SEED, settings) | measure(args)
         if args.speeds is not None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import params
-from benchmarks import memory_estimates
+from benchmarks import memory_estimates, quality_sweep
 from dllm_core.cli import arguments as library_arguments
 from flows import launcher
 
@@ -152,6 +152,12 @@ def test_a_wrong_command_is_seen(command: str, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda p: p.stem)
 def test_every_published_file_is_explained(path: Path) -> None:
     assert f"](../benchmarks/results/{path.name})" in REPRODUCE
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("quality_sweep-cpu.json")))
+def test_the_page_on_quality_is_that_of_its_file(path: Path) -> None:
+    found = quality_sweep.page(json.loads(path.read_text()), path)
+    assert quality_sweep.PAGE.read_text() == found, "python benchmarks/quality_sweep.py --page"
 
 
 @pytest.mark.parametrize("path", sorted((DOCS / "figures").glob("*.png")), ids=lambda p: p.stem)

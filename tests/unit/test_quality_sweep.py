@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 import params
+from benchmarks import quality_sweep
 from benchmarks.quality_sweep import arguments, as_results, main, overrides
 from dllm_core.backbone.backbone import Backbone
 from dllm_core.methods.cell import save_cell
@@ -97,6 +99,31 @@ def test_a_finished_cell_from_end_to_end(tmp_path: Path, source: Path, capsys: p
     assert steps_table(results) in printed
     assert parallelism_table(results) in printed
     assert str(tmp_path) not in json.dumps({k: v for k, v in record.items() if k != "settings"}), "no machine path"
+    assert all(row["wall_s"] > 0 for row in record["rows"].values())
+
+
+def test_the_page_holds_what_was_stored(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "results" / "sweep.json"
+    words = ["--base", "--preset", "test", "--set", settings(source), "--runs-dir", str(tmp_path / "runs")]
+    words += ["--steps", "2", "--samples", "2", "--infill-sequences", "2", "--no-parallelism", "--out", str(out)]
+    assert main(words) == 0
+    written = tmp_path / "docs" / "quality.md"
+    written.parent.mkdir()
+    monkeypatch.setattr(quality_sweep, "PAGE", written)
+    assert main(["--page", "--out", str(out)]) == 0
+    page, record = written.read_text(), json.loads(out.read_text())
+    assert steps_table(as_results(record)) in page
+    assert "Accuracy under parallelism" not in page.split("## Quality")[1], "it was not measured"
+    links = re.findall(r"\]\(([^)]+)\)", page)
+    assert links == ["../results/sweep.json", "../results/sweep-steps.png"]
+    assert all((written.parent / link).is_file() for link in links)
+    assert record["commit"][:10] in page
+
+
+def test_something_has_to_be_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        arguments([])
+    assert "--base or --page" in capsys.readouterr().err
 
 
 def test_a_cell_of_another_model_is_refused(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
