@@ -219,7 +219,7 @@ def page(record: dict[str, Any], path: Path) -> str:
         "# Quality by denoising steps, and under parallelism",
         "",
         f"Written by `python benchmarks/quality_sweep.py --page` from [{path.name}]({_link(path)}):",
-        f"`{record['command']}`, commit {record['commit'][:10]}, seed {record['seed']},",
+        f"`{record['command']}`, commit {(record['commit'] or 'unknown')[:10]}, seed {record['seed']},",
         f"{hardware['gpu'] or hardware['cpu']}, {hardware['cores']} cores, {record['dtype']}, {record['date'][:10]}.",
         f"{settings['samples']} continuations at each number of steps: look at the course, not at single figures.",
     ]
