@@ -61,6 +61,8 @@ class KeptRows:
     def load(cls, path: Path, keys: Mapping[str, str], bench_key: str) -> KeptRows:
         """Read the file, leaving out rows that other settings or other code made.
 
+        Rows go by their keys: in a grid of more seeds they have other names.
+
         Args:
             path: of the file; empty where there is none.
             keys: row id -> `row_key` of the rows that count.
@@ -72,7 +74,12 @@ class KeptRows:
         told = json.loads(gzip.decompress(path.read_bytes()))
         if told.get("version") != VERSION:
             return kept
-        rows = {k: v for k, v in told["rows"].items() if keys.get(k) == v["key"]}
+        names = {key: row_id for row_id, key in keys.items()}
+        rows = {
+            name: {**row, "result": {**row["result"], "row_id": name}}
+            for row in told["rows"].values()
+            if (name := names.get(row["key"])) is not None
+        }
         same = set(rows) == set(told["rows"]) == set(keys) and told["bench_key"] == bench_key
         return replace(kept, about=told["about"], rows=rows, bench=told["bench"] if same else None)
 

@@ -402,10 +402,6 @@ def test_rows_of_a_machine_that_is_gone_are_not_trained_again(
     after = results(tmp_path / "second")
     assert measured(after) == measured(before)
     assert {row.row_id: row.bench is not None for row in after.cells} == {"ar_tuned": False, "random_mask": True}
-    # other settings are other rows
-    capsys.readouterr()
-    assert call("--cells", "ar_tuned,random_mask", "--set", "eval.nelbo_samples=3", place="second") == convert.OK
-    assert "[ar_tuned] step" in capsys.readouterr().out
 
 
 def test_bad_settings_are_told_in_two_lines(call: Callable[..., int], capsys: Any) -> None:
@@ -429,10 +425,13 @@ def test_kept_rows_are_those_of_the_same_settings(tmp_path: Path) -> None:
     kept.write()
     assert KeptRows.load(path, keys, "bench") == kept
     assert KeptRows.load(path, keys, "other settings of the benchmark").bench is None
-    fewer = KeptRows.load(path, {**keys, "random_mask": "other"}, "bench")
+    fewer = KeptRows.load(path, {**keys, "random_mask": "other"}, "bench")  # other settings are another row
     assert list(fewer.rows) == ["ar"]
     assert fewer.bench is None
     assert KeptRows.load(tmp_path / "nowhere", keys, "bench").rows == {}
+    renamed = KeptRows.load(path, {"ar-seed0": keys["ar"], "ar-seed1": "key of another seed"}, "bench")
+    assert {name: row["result"]["row_id"] for name, row in renamed.rows.items()} == {"ar-seed0": "ar-seed0"}
+    assert renamed.rows["ar-seed0"]["metrics"] == kept.rows["ar"]["metrics"]
 
 
 def test_seeds_are_worked_off_one_after_the_other(tmp_path: Path) -> None:
