@@ -56,6 +56,7 @@ from benchmarks.gpu import convert_carry
 
 if TYPE_CHECKING:
     from benchmarks.gpu.convert_grid import Conversion
+    from benchmarks.gpu.parts import Context
     from steps.report.schema import Results
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -218,11 +219,11 @@ def judged(results: Results) -> list[dict[str, Any]]:
     return found
 
 
-def run(context: Any) -> dict[str, Any]:
+def run(context: Context) -> dict[str, Any]:
     """Work as a part of the suite: every row of the grid is one of its rows, and so is the benchmark.
 
     Args:
-        context: what `benchmarks/gpu/parts.py` gives a part.
+        context: what the suite gives a part.
 
     Returns:
         What is recorded of the part as a whole.

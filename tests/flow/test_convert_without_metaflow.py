@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import convert, convert_grid
+from benchmarks.gpu import convert, convert_grid, parts
 from steps.report.schema import Results
 from tests.convert_tools import SETTINGS, results, small, where_much_is_missing, write_inputs
 from tests.flow import grid_runs
@@ -121,11 +121,10 @@ def test_calls_with_a_deadline_finish_the_work_between_them(tmp_path: Path) -> N
 
 def test_as_a_part_of_the_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice: the second time every row stands in the record already."""
-    parts = pytest.importorskip("benchmarks.gpu.parts", reason="the suite is not in this tree")
     monkeypatch.setenv("DLLM_RUNS", os.environ.get("DLLM_RUNS", ""))
     monkeypatch.setattr(convert_grid, "CELLS", "ar,ar_tuned,block_causal,repr_align_all")
 
-    def context() -> Any:
+    def context() -> parts.Context:
         head = {"hardware": {"gpu": None}, "commit": "abc", "dirty": False}
         return parts.Context(
             name="convert",
