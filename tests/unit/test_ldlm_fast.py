@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dllm_core.errors import DllmError
-from dllm_core.layers import packed_linear
+from dllm_core.layers import compiling, packed_linear
 from dllm_core.layers.attention import Attention, joined, rotation
 from dllm_core.methods.ldlm import fast, generation, packed, parts, plans
 from dllm_core.methods.ldlm.method import Method
@@ -282,7 +282,7 @@ def test_without_reordering_the_result_is_the_same(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_machine_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast.shutil, "which", lambda name: None)
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
     sampler = fast.FastSampler(model(), compiled=True)
     assert not sampler.compiled
     assert "compiler" in sampler.notes["compile"]

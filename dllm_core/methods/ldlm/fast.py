@@ -6,16 +6,14 @@ the reference up to the precision of the dtype (measured in the tests).
 
 from __future__ import annotations
 
-import contextlib
-import shutil
 from collections import OrderedDict
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from dllm_core.errors import DllmError
+from dllm_core.layers.compiling import can_compile, complaint, many_shapes
 from dllm_core.methods.ldlm import generation, parts
 from dllm_core.methods.ldlm.generation import Job
 from dllm_core.methods.ldlm.plans import Plan, Shape, Weights
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
 PathName = Literal["auto", "fast", "compiled", "reference"]
 KEPT_PLANS = 8
 """Shapes whose buffers (and graphs) are kept; the one used longest ago goes first."""
-_COMPILED_SHAPES = 256
 
 
 def refusal(method: Method, job: Job) -> str | None:
@@ -54,24 +51,6 @@ def shape_of(job: Job) -> Shape:
         job.solver,
         job.guidance,
     )
-
-
-def can_compile(device: torch.device) -> str | None:
-    """Return why torch.compile cannot make kernels for a device, None where it can as far as one can see."""
-    if device.type == "cuda":
-        from importlib.util import find_spec
-
-        return None if find_spec("triton") else "triton is not installed"
-    return None if any(shutil.which(name) for name in ("g++", "clang++", "c++")) else "no C++ compiler at hand"
-
-
-@contextlib.contextmanager
-def _many_shapes() -> Iterator[None]:
-    """Let torch.compile keep a kernel per shape; its own limit takes a few shapes for a mistake."""
-    config: Any = torch._dynamo.config
-    names = [n for n in ("recompile_limit", "accumulated_recompile_limit") if hasattr(config, n)]
-    with config.patch({n: max(_COMPILED_SHAPES, getattr(config, n)) for n in names}):
-        yield
 
 
 class FastSampler:
@@ -131,12 +110,12 @@ class FastSampler:
     def _made(self, shape: Shape) -> Plan:
         assert self._weights is not None
         plan = Plan(self._method, self._weights, shape, self._parts)
-        with _many_shapes():
+        with many_shapes():
             if self.compiled:
                 try:
                     plan.run()
                 except RuntimeError as error:  # a compiler that is there and does not work has many ways to say so
-                    self.notes["compile"] = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                    self.notes["compile"] = complaint(error)
                     self.compiled, self._parts = False, parts.eager()
                     return self._made(shape)
             if self.graphs:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from dllm_core.kernels.token_stats import argmax
 from dllm_core.layers.attention import NORM_EPS
+from dllm_core.layers.graphs import CudaRecorder, Graph
 from dllm_core.layers.packed_linear import Layout, layout, linear
 from dllm_core.methods.ldlm import parts
 from dllm_core.methods.ldlm.networks import LatentMap, TokenDecoder, prompt_positions
@@ -186,7 +187,7 @@ class Plan:
         self._state = torch.zeros(shape.batch, shape.tokens, 2 * latent, dtype=dtype, device=device)
         self._plan_times(method)
         self._plan_tables()
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graph: Graph | None = None
 
     def _plan_times(self, method: Method) -> None:
         shape, dit = self.shape, self.weights.networks.denoiser.dit
@@ -296,16 +297,7 @@ class Plan:
 
     def capture(self) -> None:
         """Record a run as a CUDA graph, which `run` replays; everything is compiled and chosen in two runs before."""
-        side = torch.cuda.Stream(self.weights.device)
-        side.wait_stream(torch.cuda.current_stream(self.weights.device))
-        with torch.no_grad(), torch.cuda.stream(side):
-            for _ in range(2):
-                self._generate()
-        torch.cuda.current_stream(self.weights.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(graph):
-            self._generate()
-        self._graph = graph
+        self._graph = CudaRecorder(self.weights.device).record(torch.no_grad()(self._generate))
 
     def run(self) -> Tensor:
         """Generate from `ids_BP` and `noise_RBLK`; return `tokens_BL`, which the next run overwrites."""
