@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dllm_core.backbone import attention
+from dllm_core.backbone import attention, captured, joined
 from dllm_core.backbone.laid_out import BlockWeights, laid_out, linears_of, real_head
+from dllm_core.errors import DllmError
 from dllm_core.kernels import dispatch
 from dllm_core.layers.attention import is_plain
 from dllm_core.layers.packed_linear import gated
@@ -222,7 +223,7 @@ def obstacle(backbone: Backbone) -> str | None:
     if dispatch.wish() == "reference":
         return "DLLM_KERNELS=reference"
     config, decoder = backbone.config, backbone.decoder
-    if backbone.device.type != "cpu":
+    if backbone.device.type not in ("cpu", "cuda"):
         return f"the model is on {backbone.device.type}"
     if config.model_type not in FAMILIES:
         return f"it is not written for {config.model_type}"
@@ -230,7 +231,7 @@ def obstacle(backbone: Backbone) -> str | None:
         return f"it is not written for {config.hidden_act}"
     if config._attn_implementation != attention.NAME:
         return f"attention is set to {config._attn_implementation}"
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled(backbone.device.type):
         return "autocast is on"
     for module in decoder.modules():
         if module._forward_hooks or module._forward_pre_hooks:
@@ -242,13 +243,32 @@ def obstacle(backbone: Backbone) -> str | None:
     return None
 
 
-def pass_for(backbone: Backbone, *, quick: bool = True) -> DecoderPass:
-    """Return the quickest pass there is for a backbone, or transformers' own; which one and why is logged once."""
+def pass_for(backbone: Backbone, *, quick: bool = True, compiling: str = "auto") -> DecoderPass:
+    """Return the quickest pass there is for a backbone, or transformers' own; which one and why is logged once.
+
+    Args:
+        backbone: the model.
+        quick: with kernels made for decoding, where there are any for the model.
+        compiling: see `samplers.config.DiffusionGenerationConfig.compile`.
+
+    Raises:
+        DllmError: `compiling` is `always`, and nothing that is compiled serves the model here.
+    """
     if not quick:
         return PlainPass(backbone)
-    reason = obstacle(backbone)
+    reason, kind = obstacle(backbone), backbone.device.type
+    is_joined = kind == "cuda" or compiling == "always"
+    if reason is None and is_joined:
+        reason = joined.obstacle(backbone)
     if reason is not None:
+        if compiling == "always" and dispatch.wish() != "reference":
+            raise DllmError(
+                f"compile='always', but the pass that is compiled does not serve this model: {reason}.",
+                "Give compile='auto' or 'never'.",
+            )
         dispatch.announce("decoder pass", "reference", reason)
         return PlainPass(backbone)
+    if is_joined:
+        return captured.joined_pass_for(backbone, compiling)
     dispatch.announce("decoder pass", "quick", f"{backbone.config.model_type} on a CPU")
     return QuickPass(backbone)

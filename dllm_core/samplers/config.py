@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from dllm_core.errors import DllmError
+from dllm_core.errors import DllmError, did_you_mean
 from dllm_core.samplers.cache_settings import CacheConfig, cache_config
 from dllm_core.samplers.checks import (
     is_int,
@@ -42,8 +42,12 @@ if TYPE_CHECKING:
 ADAPTIVE_SAMPLERS = frozenset({"threshold", "factor", "entropy_bound", "entropy_threshold"})
 """Rules whose scores decide how many tokens are accepted."""
 
+COMPILING = ("auto", "never", "always")
+"""When the network's element-wise parts go through torch.compile."""
+
 __all__ = [
     "ADAPTIVE_SAMPLERS",
+    "COMPILING",
     "SAMPLERS",
     "CacheConfig",
     "ConfidenceSamplerConfig",
@@ -101,6 +105,10 @@ class DiffusionGenerationConfig:
         record_passes: return canvas, drafts, scores and what was accepted of every pass.
         verify: decode every row by itself as well, on the whole canvas and without fused kernels, and raise at the
             first pass after which the two differ. For tests and doubts; at least twice the work.
+        compile: whether the element-wise parts of the network go through torch.compile. `auto` does so on a GPU once
+            a model has made so many passes that it pays, and never on a CPU; `always` at the first decode, which takes
+            seconds (fewer in a second process: see `layers.compiling`); `never`. In bf16 and fp16 compiled parts round
+            less often, so that near-ties may fall otherwise: say `always` or `never` where runs are to be compared.
 
     Raises:
         DllmError: an unknown name, or a value out of range.
@@ -127,6 +135,7 @@ class DiffusionGenerationConfig:
     record_history: bool = False
     record_passes: bool = False
     verify: bool = False
+    compile: str = "auto"
 
     def __new__(cls, **kwargs: Any) -> DiffusionGenerationConfig:
         """Refuse unknown settings with a suggestion."""
@@ -154,6 +163,8 @@ class DiffusionGenerationConfig:
                 require_positive(name, value)
         for name in ("stop_at_eos", "measure_drift", "record_history", "record_passes", "verify"):
             require_flag(name, getattr(self, name))
+        if self.compile not in COMPILING:
+            raise DllmError(f"compile={self.compile!r} is not a choice.", did_you_mean(str(self.compile), COMPILING))
         if not is_int(self.seed):
             raise DllmError(f"seed={self.seed!r} is not an integer.", "Give an integer seed.")
         if not is_number(self.temperature) or not 0 <= self.temperature < float("inf"):

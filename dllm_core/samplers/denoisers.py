@@ -90,10 +90,11 @@ class FullCanvas:
         backbone: the model.
         shape: of the canvas.
         quick: with kernels made for decoding, where there are any for the model.
+        compiling: `compile` of the settings.
     """
 
-    def __init__(self, backbone: Backbone, shape: Shape, *, quick: bool = True) -> None:
-        self.shift, self.run = shift_of(backbone), pass_for(backbone, quick=quick)
+    def __init__(self, backbone: Backbone, shape: Shape, *, quick: bool = True, compiling: str = "auto") -> None:
+        self.shift, self.run = shift_of(backbone), pass_for(backbone, quick=quick, compiling=compiling)
         self.head_WD = self.run.head_WD
         self.attention_mask_B1CC = None
         block_size = model_block_size(backbone)
@@ -131,12 +132,16 @@ class CachedCanvas:
         shape: of the canvas.
         policy: says which stretch of a row a pass runs.
         block_size: of a block-causal model, else None.
+        compiling: `compile` of the settings.
     """
 
-    def __init__(self, backbone: Backbone, shape: Shape, policy: Policy, block_size: int | None) -> None:
+    def __init__(
+        self, backbone: Backbone, shape: Shape, policy: Policy, block_size: int | None, *, compiling: str = "auto"
+    ) -> None:
         backbone.check_length(shape.length)
         self.shape, self.policy, self.block_size = shape, policy, block_size
-        self.shift, self.device, self.run = shift_of(backbone), backbone.device, pass_for(backbone)
+        self.shift, self.device = shift_of(backbone), backbone.device
+        self.run = pass_for(backbone, compiling=compiling)
         self.head_WD = self.run.head_WD
         self.cache = SlotCache(backbone.num_layers, shape.length + 1)
         self.real_BC = shape.real_BC(self.device) if shape.is_padded else None
@@ -224,7 +229,9 @@ class GuidedCanvas:
         return self.inner.predict(torch.cat((canvas_BC, without_BC)), (*spans, *spans), where_2M)
 
 
-def denoiser_for(backbone: Backbone, shape: Shape, cache: CacheConfig, *, quick: bool = True) -> Denoiser:
+def denoiser_for(
+    backbone: Backbone, shape: Shape, cache: CacheConfig, *, quick: bool = True, compiling: str = "auto"
+) -> Denoiser:
     """Return the denoiser that the settings ask for.
 
     Args:
@@ -232,12 +239,13 @@ def denoiser_for(backbone: Backbone, shape: Shape, cache: CacheConfig, *, quick:
         shape: of the canvas.
         cache: keys and values to keep.
         quick: see `FullCanvas`; caches are always run that way.
+        compiling: see `FullCanvas`.
 
     Raises:
         DllmError: a cache that the model's attention does not allow, or a canvas longer than the model.
     """
     if cache.kind == "none":
-        return FullCanvas(backbone, shape, quick=quick)
+        return FullCanvas(backbone, shape, quick=quick, compiling=compiling)
     block_size = model_block_size(backbone)
     if cache.kind == "exact" and block_size is None:
         raise DllmError(
@@ -250,4 +258,4 @@ def denoiser_for(backbone: Backbone, shape: Shape, cache: CacheConfig, *, quick:
             f"cache='{cache.kind}' approximates what a block-causal model gives exactly.", "Give cache='exact'."
         )
     policy = policy_for(cache, len(shape.lengths), shift_of(backbone), block_size)
-    return CachedCanvas(backbone, shape, policy, block_size)
+    return CachedCanvas(backbone, shape, policy, block_size, compiling=compiling)

@@ -163,7 +163,8 @@ class Decoding:
         def guided(inner: Denoiser) -> Denoiser:
             return GuidedCanvas(inner, given_BC, self.mask_token_id) if self.is_guided else inner
 
-        self.denoiser = guided(denoiser_for(backbone, shape, config.cache, quick=self.fused))
+        made = denoiser_for(backbone, shape, config.cache, quick=self.fused, compiling=config.compile)
+        self.denoiser = guided(made)
         self.drift = None
         if config.measure_drift:
             self.drift = DriftMeter(backbone, guided(FullCanvas(backbone, shape)), config.guidance_scale)

@@ -1,0 +1,216 @@
+"""A gated decoder's weights for few launches: matrices that read the same states are one matrix, until they change.
+
+On a GPU queries, keys and values are one product and so are gate and up: for Qwen3-1.7B copies of 1.9 GB in bf16 beside
+3.4 GB of weights. Where that is more than `LARGEST_COPY` or a quarter of the memory that is free, the model's own
+matrices are multiplied one by one. On a CPU matrices are reordered for oneDNN besides.
+
+D hidden, O outputs, I inputs, N query heads, K key heads, H head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dllm_core.layers.packed_linear import Layout, layout, linear, linear_plus, reorders
+
+if TYPE_CHECKING:
+    from dllm_core.backbone.backbone import Backbone
+
+LARGEST_COPY = {"cpu": 2**31, "cuda": 2**33}
+"""Bytes of matrices up to which copies of them are kept beside a model."""
+LARGEST_SHARE = 4
+"""One part in so many of a GPU's free memory is the most that copies may take."""
+TYPICAL_ROWS = 160
+PROBED = 256
+"""So many of a copied weight's numbers tell whether it was written to behind autograd's back."""
+
+
+class Norm(NamedTuple):
+    """A root-mean-square norm's weight and what is added to the mean square."""
+
+    weight: Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, module: Any) -> Norm:
+        """Take a module's weight."""
+        return cls(module.weight.detach(), float(module.variance_epsilon))
+
+
+class Product(NamedTuple):
+    """A matrix [O, I], perhaps reordered, and its bias."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the product, with its bias."""
+        return linear(x, self.weight, self.bias)
+
+    def onto(self, other_RO: Tensor, x_RI: Tensor) -> Tensor:
+        """Return the product added to `other_RO`, in its place where that saves a launch."""
+        if self.weight.is_mkldnn:
+            return linear_plus(x_RI, self.weight, other_RO, self.bias)
+        other_RO.addmm_(x_RI, self.weight.t())
+        return other_RO if self.bias is None else other_RO.add_(self.bias)
+
+
+def products(modules: Sequence[nn.Linear], lay: Layout, *, join: bool) -> tuple[Product, ...]:
+    """Return the modules' products: one for all, or one each."""
+    if not join:
+        return tuple(Product(lay(m.weight), None if m.bias is None else m.bias.detach()) for m in modules)
+    biases = [m.bias.detach() for m in modules if m.bias is not None]
+    assert len(biases) in (0, len(modules)), "either all have a bias or none"
+    weight = torch.cat([m.weight.detach() for m in modules])
+    return (Product(lay(weight), torch.cat(biases) if biases else None),)
+
+
+class JoinedBlock(NamedTuple):
+    """Of one block.
+
+    Attributes:
+        heads: queries, keys and values: one product, or three.
+        head_norms: weights of the norms of queries and keys, [N + K, H] where the product is one, else [H] twice;
+            empty where the family has none.
+        inner: gate and up: one product, or two.
+    """
+
+    input_norm: Norm
+    heads: tuple[Product, ...]
+    head_norms: tuple[Tensor, ...]
+    head_eps: float
+    out: Product
+    inner_norm: Norm
+    inner: tuple[Product, ...]
+    down: Product
+
+    @classmethod
+    def of(cls, block: Any, lay: Layout, *, join_heads: bool, join_inner: bool) -> JoinedBlock:
+        """Take a block's weights."""
+        heads, mlp = block.self_attn, block.mlp
+        norms: tuple[Tensor, ...] = ()
+        if hasattr(heads, "q_norm"):
+            norms = (heads.q_norm.weight.detach(), heads.k_norm.weight.detach())
+            if join_heads:
+                counts = [m.out_features // heads.head_dim for m in (heads.q_proj, heads.k_proj)]
+                norms = (torch.cat([w.expand(n, -1) for w, n in zip(norms, counts, strict=True)]),)
+        (out,), (down,) = (products([m], lay, join=False) for m in (heads.o_proj, mlp.down_proj))
+        return cls(
+            Norm.of(block.input_layernorm),
+            products((heads.q_proj, heads.k_proj, heads.v_proj), lay, join=join_heads),
+            norms,
+            float(heads.q_norm.variance_epsilon) if norms else 0.0,
+            out,
+            Norm.of(block.post_attention_layernorm),
+            products((mlp.gate_proj, mlp.up_proj), lay, join=join_inner),
+            down,
+        )
+
+
+class Joined:
+    """A decoder's weights as `joined_pass` reads them. What is not copied is the model's own storage.
+
+    Args:
+        backbone: a model that `obstacle` has nothing against.
+
+    Attributes:
+        width: H.
+        groups: query heads that share a key head.
+        scale: of attention scores.
+    """
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __init__(self, backbone: Backbone) -> None:
+        first: Any = backbone.layers[0]
+        heads = first.self_attn
+        self.device, self.dtype = backbone.device, heads.q_proj.weight.dtype
+        packs = self.device.type == "cpu" and reorders(self.dtype)
+        copied = list(_copied(backbone, everything=packs))
+        size = sum(weight.numel() * weight.element_size() for weight in copied)
+        join = size <= _room(self.device)
+        packs = packs and join
+        lay: Layout = layout(self.device, self.dtype, TYPICAL_ROWS) if packs else torch.Tensor.detach
+        self.blocks = [
+            # gate and up are one operation for oneDNN as they are
+            JoinedBlock.of(block, lay, join_heads=join, join_inner=join and not packs)
+            for block in backbone.layers
+        ]
+        self.final_norm = Norm.of(getattr(backbone.decoder, backbone.family.norm))
+        self.embedding: Any = backbone.model.get_input_embeddings()
+        self.rotary: Any = backbone.decoder.rotary_emb
+        self.width, self.scale = int(heads.head_dim), float(heads.scaling)
+        self.num_heads = heads.q_proj.out_features // self.width
+        self.num_key_heads = heads.k_proj.out_features // self.width
+        self.groups = self.num_heads // self.num_key_heads
+        self._parameters = list(backbone.decoder.parameters())
+        self._copied = copied if join else []
+        self._places, self._counts, self._probe = self._state()
+
+    def is_current(self, backbone: Backbone) -> bool:
+        """Whether the model's weights are where and what they were. Reads one number back from the device."""
+        parameters = list(backbone.decoder.parameters())
+        if len(parameters) != len(self._parameters):
+            return False
+        if any(a is not b for a, b in zip(parameters, self._parameters, strict=True)):
+            return False
+        places, counts, probe = self._state()
+        return (places, counts) == (self._places, self._counts) and torch.equal(probe, self._probe)
+
+    @torch.no_grad()
+    def _state(self) -> tuple[list[object], list[int], Tensor]:
+        weights = [weight.detach() for weight in self._parameters]
+        places: list[object] = [(weight.data_ptr(), weight.dtype) for weight in weights]
+        counts = [0 if weight.is_inference() else weight._version for weight in weights]
+        # writing through `.data` counts nowhere; what is read in the model's own storage shows by itself
+        probed = [weight.detach().flatten()[:PROBED] for weight in self._copied]
+        probe = torch.cat(probed) if probed else torch.empty(0, dtype=self.dtype)
+        return places, counts, probe.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[probe.element_size()])
+
+    def rotation(self, position_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the tables that `gated_parts.turned_eager` takes, [B or 1, L, 1, H] each."""
+        like = self.blocks[0].input_norm.weight
+        cos_BLH, sin_BLH = self.rotary(like, position_BL)
+        first, second = sin_BLH.chunk(2, dim=-1)
+        return cos_BLH[:, :, None], torch.cat((-first, second), dim=-1)[:, :, None]
+
+
+def _copied(backbone: Backbone, *, everything: bool) -> Iterator[Tensor]:
+    """Yield the weights of which a copy would be kept; `everything`: of every matrix."""
+    block: Any
+    for block in backbone.layers:
+        heads, mlp = block.self_attn, block.mlp
+        modules = [heads.q_proj, heads.k_proj, heads.v_proj, mlp.gate_proj, mlp.up_proj]
+        modules += [heads.o_proj, mlp.down_proj] if everything else []
+        yield from (module.weight for module in modules)
+        yield from (module.bias for module in modules if module.bias is not None)
+        yield from (getattr(heads, name).weight for name in ("q_norm", "k_norm") if hasattr(heads, name))
+
+
+def _room(device: torch.device) -> int:
+    largest = LARGEST_COPY.get(device.type, 0)
+    if device.type != "cuda":
+        return largest
+    free, _ = torch.cuda.mem_get_info(device)
+    return min(largest, free // LARGEST_SHARE)
+
+
+def obstacle(backbone: Backbone) -> str | None:
+    """Return why joined weights would not give what the modules give, None where they do.
+
+    What holds for every pass that leaves the modules out is asked by `quick_pass.obstacle`.
+    """
+    kinds = {(parameter.dtype, parameter.device) for parameter in backbone.decoder.parameters()}
+    if len(kinds) > 1:
+        return "its weights differ in dtype or device"
+    dtype = next(iter(kinds))[0]
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16) and backbone.device.type == "cuda":
+        return f"it is not written for {str(dtype).removeprefix('torch.')}"
+    rotary: Any = backbone.decoder.rotary_emb
+    if rotary.rope_type in ("dynamic", "longrope"):
+        return f"positions of type {rotary.rope_type} depend on the length"
+    return None
