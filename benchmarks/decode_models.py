@@ -62,13 +62,6 @@ class Models:
         return Backbone.from_pretrained(self.directory, dtype=self.dtype, device=self.device)
 
     @cached_property
-    def compiled(self) -> Backbone:
-        """The same with its decoder compiled."""
-        backbone = Backbone.from_pretrained(self.directory, dtype=self.dtype, device=self.device)
-        backbone.decoder.compile(dynamic=False)
-        return backbone
-
-    @cached_property
     def plain(self) -> Any:
         """The converted model as transformers loads it."""
         return AutoModelForCausalLM.from_pretrained(str(self.directory), dtype=self.dtype).to(self.device).eval()

@@ -146,11 +146,10 @@ def ours_config(
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 
-def _ours(models: Models, setting: Setting, config: DiffusionGenerationConfig, *, compiled: bool = False) -> Row:
+def _ours(models: Models, setting: Setting, config: DiffusionGenerationConfig) -> Row:
     def decode(index: int) -> GenerationOutput:
-        backbone = models.compiled if compiled else models.backbone
         prompts = models.prompts(index, setting.batch, setting.prompt)
-        return generate(backbone, prompts, config if index >= 0 else _shorter(config, WARM_STEPS))
+        return generate(models.backbone, prompts, config if index >= 0 else _shorter(config, WARM_STEPS))
 
     return Row(decode, _network_tokens(setting, config), config)
 
@@ -280,7 +279,7 @@ def _sweep(models: Models, setting: Setting, args: Namespace, least_rounds: int)
     }
     pairs = [("ours", "plain"), ("ours", "masked_rows"), ("masked_rows", "plain")]
     if args.compile:
-        rows["ours_compiled"] = _ours(models, setting, config, compiled=True)
+        rows["ours_compiled"] = _ours(models, setting, replace(config, compile="always"))
         pairs += [("ours_compiled", "plain"), ("ours_compiled", "ours")]
     return Part("sweep", setting, rows, tuple(pairs), "plain", least_rounds)
 
