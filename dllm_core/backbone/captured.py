@@ -109,14 +109,12 @@ class Captures:
     def run(self, recording: Recording) -> Tensor:
         """Run what has its inputs; what cannot be recorded is launched as it comes from then on."""
         self.passes += 1
-        if self.recorder is not None:
-            self.recorder.take_turn()
-            if recording.is_due and self._fault is None:
-                try:
-                    recording.record(self.recorder)
-                except RuntimeError as error:  # no memory left, or a kernel that waits: either is said at run time
-                    self._fault = complaint(error)
-                    dispatch.announce("decoder graph", "launched", self._fault)
+        if self.recorder is not None and recording.is_due and self._fault is None:
+            try:
+                recording.record(self.recorder)
+            except RuntimeError as error:  # no memory left, or a kernel that waits: either is said at run time
+                self._fault = complaint(error)
+                dispatch.announce("decoder graph", "launched", self._fault)
         with metered() if recording.runs == 0 and recording.parts.compiled else nullcontext():
             return recording.run()
 
@@ -149,6 +147,8 @@ class CapturedPass:
         require_fit(self.backbone, length, cache)
         captures = self.captures
         with captures.lock:
+            if captures.recorder is not None:
+                captures.recorder.take_turn()  # before inputs are overwritten that another stream may still read
             store = None if cache is None else captures.store(cache, batch)
             lone = cache is not None and store is None
             if lone or batch * length > MOST_TOKENS or (cache is None and position_BL is not None):

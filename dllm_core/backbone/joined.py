@@ -148,8 +148,9 @@ class Joined:
         self.num_key_heads = heads.k_proj.out_features // self.width
         self.groups = self.num_heads // self.num_key_heads
         self._parameters = list(backbone.decoder.parameters())
-        self._copied = copied if join else []
-        self._places, self._counts, self._probe = self._state()
+        # writing through `.data` counts nowhere; what is read in the model's own storage shows by itself
+        self._probed = [weight.detach().flatten()[:PROBED] for weight in copied] if join else []
+        self._state, self._probe = self._places_and_counts(), self._probe_now()
 
     def is_current(self, backbone: Backbone) -> bool:
         """Whether the model's weights are where and what they were. Reads one number back from the device."""
@@ -158,18 +159,16 @@ class Joined:
             return False
         if any(a is not b for a, b in zip(parameters, self._parameters, strict=True)):
             return False
-        places, counts, probe = self._state()
-        return (places, counts) == (self._places, self._counts) and torch.equal(probe, self._probe)
+        return self._places_and_counts() == self._state and torch.equal(self._probe_now(), self._probe)
+
+    def _places_and_counts(self) -> list[tuple[int, torch.dtype, int]]:
+        weights = [weight.detach() for weight in self._parameters]
+        return [(w.data_ptr(), w.dtype, 0 if w.is_inference() else w._version) for w in weights]
 
     @torch.no_grad()
-    def _state(self) -> tuple[list[object], list[int], Tensor]:
-        weights = [weight.detach() for weight in self._parameters]
-        places: list[object] = [(weight.data_ptr(), weight.dtype) for weight in weights]
-        counts = [0 if weight.is_inference() else weight._version for weight in weights]
-        # writing through `.data` counts nowhere; what is read in the model's own storage shows by itself
-        probed = [weight.detach().flatten()[:PROBED] for weight in self._copied]
-        probe = torch.cat(probed) if probed else torch.empty(0, dtype=self.dtype)
-        return places, counts, probe.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[probe.element_size()])
+    def _probe_now(self) -> Tensor:
+        probe = torch.cat(self._probed) if self._probed else torch.empty(0, dtype=self.dtype)
+        return probe.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[probe.element_size()])
 
     def rotation(self, position_BL: Tensor) -> tuple[Tensor, Tensor]:
         """Return the tables that `gated_parts.turned_eager` takes, [B or 1, L, 1, H] each."""

@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dllm_core.backbone import captured, joined, masks, quick_pass, recording
+from dllm_core.backbone import ar_decode, captured, joined, masks, quick_pass, recording
 from dllm_core.backbone.backbone import Backbone
 from dllm_core.backbone.captured import CapturedPass, Captures
 from dllm_core.backbone.joined import Joined
 from dllm_core.backbone.slot_cache import SlotCache
 from dllm_core.errors import DllmError
 from dllm_core.layers import gated_parts
+from dllm_core.methods.protocol import SamplingRequest
 from dllm_core.samplers import denoisers
 from dllm_core.samplers.config import SAMPLERS, DiffusionGenerationConfig
 from dllm_core.samplers.loop import generate
@@ -435,6 +436,22 @@ def test_decodes_are_those_of_the_modules(
                 found.append(([s.tolist() for s in out.sequences], out.num_forwards))
     assert outputs["auto"] == outputs["reference"]
     assert played.replays > played.records > 0
+
+
+def test_left_to_right_decodes_are_those_of_the_modules(played: TapeRecorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token a pass, slots and positions that differ, and a prompt that is run once."""
+    monkeypatch.setattr(ar_decode, "pass_for", denoisers.pass_for)
+    for kind in GATED:
+        backbone = model(kind)
+        request = SamplingRequest(max_new_tokens=9, num_steps=1, stop_at_eos=False)
+        for seed in range(2):
+            rows, found = [ids(n, seed=seed) for n in (5, 9, 2)], []
+            for kernels in ("auto", "reference"):
+                monkeypatch.setenv("DLLM_KERNELS", kernels)
+                found.append([s.tolist() for s in ar_decode.decode(backbone, rows, request).sequences])
+            assert found[0] == found[1]
+            monkeypatch.setenv("DLLM_KERNELS", "auto")
+    assert played.replays > 6 * played.records > 0
 
 
 def test_a_decode_verifies_itself(played: TapeRecorder) -> None:
