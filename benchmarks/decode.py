@@ -91,7 +91,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--part-limit", type=float, default=45.0, help="seconds that the rounds of a part aim for")
     parser.add_argument("--time-limit", type=float, default=780.0, help="seconds after which no part is begun")
     parser.add_argument("--estimate", action="store_true", help="print parts, rounds and seconds, and stop")
-    parser.add_argument("--compile", action="store_true", help="also time torch.compile'd rows")
+    parser.add_argument("--compile", action="store_true", help="also time compiled rows; on a GPU, ours uncompiled")
     parser.add_argument("--quiet", action="store_true", help="no line of progress for every round")
     parser.add_argument("--quality", type=Path, help="results of a grid, whose rows' quality is shown beside")
     parser.add_argument("--threads", type=int, help="torch threads on the CPU")

@@ -122,10 +122,17 @@ class Costs:
 # -- settings ---------------------------------------------------------------------------------------------------------
 
 
+def on_gpu(device: str) -> bool:
+    """Return whether rows run on a GPU."""
+    return device.startswith("cuda")
+
+
 def ours_config(
     setting: Setting, args: Namespace, rule: str = "confidence", cache: str = "none", *, blocks: bool = False
 ) -> DiffusionGenerationConfig:
     """Return the settings of one of our rows; keys and values are kept by the block, so a cache has blocks.
+
+    On a GPU it is compiled in the warm-up, as `auto` would have it in a process that decodes for long.
 
     Raises:
         DllmError: an unknown rule or cache, or fewer steps than blocks.
@@ -138,6 +145,7 @@ def ours_config(
         block_size=min(args.block_size, setting.new) if blocks or cache != "none" else None,
         stop_at_eos=False,
         seed=args.seed,
+        compile="always" if on_gpu(args.device) else "auto",
     )
     config.require_steps(setting.new)
     return config
@@ -205,13 +213,12 @@ def _ar_rows(models: Models, setting: Setting, *, compiled: bool) -> dict[str, R
         "ar_static": row(lambda prompts, new: ar_loops.static_cache(models.base, prompts, new)),
         "ar_slots": row(lambda prompts, new: ar_loops.slot_cache(models.backbone, prompts, new)),
     }
-    on_gpu = models.device.startswith("cuda")
-    if on_gpu:
+    if on_gpu(models.device):
         graph = ar_graph.GraphLoop(setting.prompt + setting.new)
         rows["ar_graph"] = row(lambda prompts, new: graph(models.backbone, prompts, new))
     if compiled:
         rows["ar_static_compiled"] = row(_kept_static_cache(models, setting, lambda: models.base_compiled))
-        if on_gpu:
+        if on_gpu(models.device):
             rows["ar_static_reduce_overhead"] = row(_kept_static_cache(models, setting, lambda: models.base_graphs))
     return rows
 
@@ -279,8 +286,9 @@ def _sweep(models: Models, setting: Setting, args: Namespace, least_rounds: int)
     }
     pairs = [("ours", "plain"), ("ours", "masked_rows"), ("masked_rows", "plain")]
     if args.compile:
-        rows["ours_compiled"] = _ours(models, setting, replace(config, compile="always"))
-        pairs += [("ours_compiled", "plain"), ("ours_compiled", "ours")]
+        name, other = ("ours_uncompiled", "never") if on_gpu(models.device) else ("ours_compiled", "always")
+        rows[name] = _ours(models, setting, replace(config, compile=other))
+        pairs += [(name, "plain"), (name, "ours")]
     return Part("sweep", setting, rows, tuple(pairs), "plain", least_rounds)
 
 
