@@ -10,6 +10,7 @@ H head width, D hidden.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from dllm_core.backbone.joined import Joined, JoinedBlock
 from dllm_core.backbone.laid_out import real_head
 from dllm_core.layers.attention import is_plain
+from dllm_core.layers.compiling import many_shapes
 from dllm_core.layers.gated_parts import Parts
 from dllm_core.layers.packed_linear import gated as packed_gated
 
@@ -163,15 +165,16 @@ class JoinedPass:
         """Return states; see `quick_pass.DecoderPass`."""
         batch, length = input_ids_BL.shape
         require_fit(self.backbone, length, cache)
-        states_RD = decoded(
-            self.weights,
-            self.parts,
-            input_ids_BL,
-            self._rotation(length, position_BL, cache),
-            row_M=row_M,
-            mask_B1LM=attention_mask_B1LM,
-            keep=None if cache is None else cache.update,
-        )
+        with many_shapes() if self.parts.compiled else nullcontext():
+            states_RD = decoded(
+                self.weights,
+                self.parts,
+                input_ids_BL,
+                self._rotation(length, position_BL, cache),
+                row_M=row_M,
+                mask_B1LM=attention_mask_B1LM,
+                keep=None if cache is None else cache.update,
+            )
         return states_RD.view(batch, length, -1) if row_M is None else states_RD
 
     def _rotation(self, length: int, position_BL: Tensor | None, cache: SlotCache | None) -> tuple[Tensor, Tensor]:
