@@ -96,8 +96,8 @@ def copies() -> str:
     none = ", ".join(name for name, size in sizes.items() if not size)
     families = ", ".join(LAID_OUT_FAMILIES)
     return (
-        f"Rows that unmask on a CPU ({families}) keep the matrices of their blocks a second time from the first decode "
-        f"on,\nup to {LARGEST_COPY / 2**30:g} GiB: in bf16 {told}; {none}: none."
+        f"Rows that write token by token or unmask on a CPU ({families}) keep the matrices of the model a second time "
+        f"from\nthe first decode on, up to {LARGEST_COPY / 2**30:g} GiB: in bf16 {told}; {none}: none."
     )
 
 
