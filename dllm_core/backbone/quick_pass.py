@@ -243,7 +243,7 @@ def obstacle(backbone: Backbone) -> str | None:
     return None
 
 
-def pass_for(backbone: Backbone, *, quick: bool = True, compiling: str = "auto") -> DecoderPass:
+def pass_for(backbone: Backbone, *, quick: bool = True, compiling: str = "never") -> DecoderPass:
     """Return the quickest pass there is for a backbone, or transformers' own; which one and why is logged once.
 
     Args:

@@ -105,10 +105,10 @@ class DiffusionGenerationConfig:
         record_passes: return canvas, drafts, scores and what was accepted of every pass.
         verify: decode every row by itself as well, on the whole canvas and without fused kernels, and raise at the
             first pass after which the two differ. For tests and doubts; at least twice the work.
-        compile: whether the element-wise parts of the network go through torch.compile. `auto` does so on a GPU once
-            a model has made so many passes that it pays, and never on a CPU; `always` at the first decode, which takes
-            seconds (fewer in a second process: see `layers.compiling`); `never`. In bf16 and fp16 compiled parts round
-            less often, so that near-ties may fall otherwise: say `always` or `never` where runs are to be compared.
+        compile: whether the element-wise parts of the network go through torch.compile. `always` does so at the first
+            decode, which takes seconds (fewer in a second process: see `layers.compiling`); `auto` on a GPU once a
+            model has made so many passes that it pays, and never on a CPU. Not the default: compiled parts round less
+            often in bf16 and fp16, and with `auto` what a near-tie gives depends on how much was decoded before.
 
     Raises:
         DllmError: an unknown name, or a value out of range.
@@ -135,7 +135,7 @@ class DiffusionGenerationConfig:
     record_history: bool = False
     record_passes: bool = False
     verify: bool = False
-    compile: str = "auto"
+    compile: str = "never"
 
     def __new__(cls, **kwargs: Any) -> DiffusionGenerationConfig:
         """Refuse unknown settings with a suggestion."""

@@ -93,7 +93,7 @@ class FullCanvas:
         compiling: `compile` of the settings.
     """
 
-    def __init__(self, backbone: Backbone, shape: Shape, *, quick: bool = True, compiling: str = "auto") -> None:
+    def __init__(self, backbone: Backbone, shape: Shape, *, quick: bool = True, compiling: str = "never") -> None:
         self.shift, self.run = shift_of(backbone), pass_for(backbone, quick=quick, compiling=compiling)
         self.head_WD = self.run.head_WD
         self.attention_mask_B1CC = None
@@ -136,7 +136,7 @@ class CachedCanvas:
     """
 
     def __init__(
-        self, backbone: Backbone, shape: Shape, policy: Policy, block_size: int | None, *, compiling: str = "auto"
+        self, backbone: Backbone, shape: Shape, policy: Policy, block_size: int | None, *, compiling: str = "never"
     ) -> None:
         backbone.check_length(shape.length)
         self.shape, self.policy, self.block_size = shape, policy, block_size
@@ -230,7 +230,7 @@ class GuidedCanvas:
 
 
 def denoiser_for(
-    backbone: Backbone, shape: Shape, cache: CacheConfig, *, quick: bool = True, compiling: str = "auto"
+    backbone: Backbone, shape: Shape, cache: CacheConfig, *, quick: bool = True, compiling: str = "never"
 ) -> Denoiser:
     """Return the denoiser that the settings ask for.
 
