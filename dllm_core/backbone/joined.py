@@ -9,13 +9,13 @@ D hidden, O outputs, I inputs, N query heads, K key heads, H head width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dllm_core.layers.packed_linear import Layout, layout, linear, linear_plus, reorders
+from dllm_core.layers.packed_linear import Layout, Product, layout, products, reorders
 
 if TYPE_CHECKING:
     from dllm_core.backbone.backbone import Backbone
@@ -39,34 +39,6 @@ class Norm(NamedTuple):
     def of(cls, module: Any) -> Norm:
         """Take a module's weight."""
         return cls(module.weight.detach(), float(module.variance_epsilon))
-
-
-class Product(NamedTuple):
-    """A matrix [O, I], perhaps reordered, and its bias."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return the product, with its bias."""
-        return linear(x, self.weight, self.bias)
-
-    def onto(self, other_RO: Tensor, x_RI: Tensor) -> Tensor:
-        """Return the product added to `other_RO`, in its place where that saves a launch."""
-        if self.weight.is_mkldnn:
-            return linear_plus(x_RI, self.weight, other_RO, self.bias)
-        other_RO.addmm_(x_RI, self.weight.t())
-        return other_RO if self.bias is None else other_RO.add_(self.bias)
-
-
-def products(modules: Sequence[nn.Linear], lay: Layout, *, join: bool) -> tuple[Product, ...]:
-    """Return the modules' products: one for all, or one each."""
-    if not join:
-        return tuple(Product(lay(m.weight), None if m.bias is None else m.bias.detach()) for m in modules)
-    biases = [m.bias.detach() for m in modules if m.bias is not None]
-    assert len(biases) in (0, len(modules)), "either all have a bias or none"
-    weight = torch.cat([m.weight.detach() for m in modules])
-    return (Product(lay(weight), torch.cat(biases) if biases else None),)
 
 
 class JoinedBlock(NamedTuple):

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from dllm_core.layers.packed_linear import Layout, layout, linear, linear_plus
+from dllm_core.layers.packed_linear import Layout, Product, layout, products
 
 if TYPE_CHECKING:
     from dllm_core.backbone.backbone import Backbone
@@ -46,26 +46,6 @@ class Norm(NamedTuple):
         return (wide * scale).to(x.dtype).mul_(self.weight)
 
 
-class Product(NamedTuple):
-    """A matrix as `layout` returned it, and its bias."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    @classmethod
-    def of(cls, module: nn.Linear, lay: Layout) -> Product:
-        """Take a module's weights."""
-        return cls(lay(module.weight), None if module.bias is None else module.bias.detach())
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return the product, with its bias."""
-        return linear(x, self.weight, self.bias)
-
-    def plus(self, x: Tensor, other: Tensor) -> Tensor:
-        """Return the product added to another tensor."""
-        return linear_plus(x, self.weight, other, self.bias)
-
-
 class Products(NamedTuple):
     """Products of the same states: one matrix over the other where they are copied anyway, else one after the other.
 
@@ -80,12 +60,7 @@ class Products(NamedTuple):
     @classmethod
     def of(cls, modules: Sequence[nn.Linear], lay: Layout, *, joined: bool) -> Products:
         """Take modules' weights; either all of them have a bias or none has."""
-        sizes = tuple(module.out_features for module in modules)
-        if not joined:
-            return cls(tuple(Product.of(module, lay) for module in modules), sizes)
-        weight_OI = torch.cat([module.weight.detach() for module in modules])
-        biases = [module.bias.detach() for module in modules if module.bias is not None]
-        return cls((Product(lay(weight_OI), torch.cat(biases) if biases else None),), sizes)
+        return cls(products(modules, lay, join=joined), tuple(module.out_features for module in modules))
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the product with each module's matrix, with its bias; views of one tensor where they are joined."""

@@ -9,11 +9,12 @@ R rows, I inputs, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 Layout = Callable[[Tensor], Tensor]
@@ -79,3 +80,46 @@ def linear_plus(x_RI: Tensor, weight_OI: Tensor, other_RO: Tensor, bias_O: Tenso
         return F.linear(x_RI, weight_OI, bias_O).add_(other_RO)
     out_RO: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x_RI, other_RO, weight_OI, bias_O, "add")
     return out_RO
+
+
+class Product(NamedTuple):
+    """A matrix [O, I] as `layout` returned it, and its bias."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, module: nn.Linear, lay: Layout) -> Product:
+        """Take a module's weights."""
+        return cls(lay(module.weight), None if module.bias is None else module.bias.detach())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the product, with its bias."""
+        return linear(x, self.weight, self.bias)
+
+    def plus(self, x_RI: Tensor, other_RO: Tensor) -> Tensor:
+        """Return the product added to another tensor."""
+        return linear_plus(x_RI, self.weight, other_RO, self.bias)
+
+    def onto(self, other_RO: Tensor, x_RI: Tensor) -> Tensor:
+        """Return the product added to `other_RO`, in its place where that saves a launch."""
+        if self.weight.is_mkldnn:
+            return self.plus(x_RI, other_RO)
+        other_RO.addmm_(x_RI, self.weight.t())
+        return other_RO if self.bias is None else other_RO.add_(self.bias)
+
+
+def products(modules: Sequence[nn.Linear], lay: Layout, *, join: bool) -> tuple[Product, ...]:
+    """Return the products of modules that read the same states: a copy with one matrix over the other, or one each.
+
+    Args:
+        modules: either all of them have a bias or none has.
+        lay: from `layout`.
+        join: make one product of them.
+    """
+    if not join:
+        return tuple(Product.of(module, lay) for module in modules)
+    biases = [module.bias.detach() for module in modules if module.bias is not None]
+    assert len(biases) in (0, len(modules)), "either all have a bias or none"
+    weight_OI = torch.cat([module.weight.detach() for module in modules])
+    return (Product(lay(weight_OI), torch.cat(biases) if biases else None),)
