@@ -95,7 +95,12 @@ class Part:
 class Costs:
     """Seconds that rows take per unit of their work: guessed from the kind of row, then learnt from what was timed."""
 
-    LIKE: ClassVar = {"plain": ("ours", 1.7), "masked_rows": ("ours", 1.4), "exact": ("ours", 1.5)}
+    LIKE: ClassVar = {
+        "plain": ("ours", 1.7),
+        "masked_rows": ("ours", 1.4),
+        "exact": ("ours", 1.5),
+        "block_causal": ("ours", 1.5),
+    }
     """What a row that was not timed yet is like, and by how much slower."""
 
     def __init__(self, ours: float, ar: float) -> None:
@@ -293,34 +298,45 @@ def _sweep(models: Models, setting: Setting, args: Namespace, least_rounds: int)
 
 
 def _against_ar(models: Models, setting: Setting, args: Namespace) -> Part:
+    """Return our loop, whole and in blocks behind an exact cache, against every autoregressive one."""
     ar = _ar_rows(models, setting, compiled=args.compile)
-    rows = {"ours": _ours(models, setting, ours_config(setting, args)), **ar}
-    return Part("ar", setting, rows, tuple(("ours", name) for name in ar), "ar", HEADLINE_ROUNDS)
+    rows = {"ours": _ours(models, setting, ours_config(setting, args))}
+    if _num_blocks(setting, args.block_size) <= setting.steps:
+        rows["block_causal"] = _in_blocks(models, setting, "exact", args)
+    pairs = tuple((ours, name) for ours in rows for name in ar)
+    return Part("ar", setting, {**rows, **ar}, pairs, "ar", HEADLINE_ROUNDS)
+
+
+def _num_blocks(setting: Setting, size: int) -> int:
+    """Return the model's own blocks that hold a place to fill; each takes a pass at least."""
+    return len(split_blocks(range(setting.prompt, setting.prompt + setting.new), None, size))
+
+
+def _in_blocks(models: Models, setting: Setting, cache: str, args: Namespace) -> Row:
+    """Return the block-causal model's row with a cache, or none."""
+    config = DiffusionGenerationConfig(
+        max_new_tokens=setting.new,
+        max_denoising_steps=setting.steps,
+        cache=cache,  # type: ignore[arg-type]
+        stop_at_eos=False,
+        seed=args.seed,
+        compile="always" if on_gpu(args.device) else "never",
+    )
+    short = replace(config, max_denoising_steps=_num_blocks(setting, args.block_size))
+
+    def decode(index: int) -> GenerationOutput:
+        prompts = models.prompts(index, setting.batch, setting.prompt)
+        return generate(models.in_blocks, prompts, config if index >= 0 else short)
+
+    return Row(decode, _network_tokens(setting, config, args.block_size), config)
 
 
 def _block_causal(models: Models, args: Namespace) -> Part:
     """Return the exact cache against no cache, in the model's own blocks, with the same steps in every block."""
-    (prompt, new), size = args.block_causal_canvas, args.block_size
-    blocks = len(split_blocks(range(prompt, prompt + new), None, size))
-    setting = Setting(prompt, new, 1, min(new, blocks * args.steps_per_block))
-
-    def row(cache: str) -> Row:
-        config = DiffusionGenerationConfig(
-            max_new_tokens=new,
-            max_denoising_steps=setting.steps,
-            cache=cache,  # type: ignore[arg-type]
-            stop_at_eos=False,
-            seed=args.seed,
-        )
-        short = replace(config, max_denoising_steps=blocks)
-
-        def decode(index: int) -> GenerationOutput:
-            prompts = models.prompts(index, 1, prompt)
-            return generate(models.in_blocks, prompts, config if index >= 0 else short)
-
-        return Row(decode, _network_tokens(setting, config, size), config)
-
-    rows = {"exact": row("exact"), "uncached": row("none")}
+    setting = Setting(*args.block_causal_canvas, 1, 1)
+    steps = min(setting.new, _num_blocks(setting, args.block_size) * args.steps_per_block)
+    setting = replace(setting, steps=steps)
+    rows = {"exact": _in_blocks(models, setting, "exact", args), "uncached": _in_blocks(models, setting, "none", args)}
     return Part("block_causal", setting, rows, (("exact", "uncached"),), "uncached", HEADLINE_ROUNDS)
 
 

@@ -68,6 +68,14 @@ TARGETS = (
         ("ours", "ar_best"),
         AR_STEPS,
     ),
+    Target(
+        "block_causal_over_ar_best",
+        f"block_causal, exact cache, at {AR_STEPS} steps over the best AR loop with a cache",
+        3.0,
+        "ar",
+        ("block_causal", "ar_best"),
+        AR_STEPS,
+    ),
 )
 
 
