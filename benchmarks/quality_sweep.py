@@ -6,8 +6,9 @@
     python benchmarks/quality_sweep.py --page                 # measure nothing: write the page on what is stored
 
 Model, held-out text and judge are those of the preset (`--preset`, `--set`), through its step cache: name the one that
-the cells were trained with. Writes JSON with the usual header, and beside it two PNGs. Tokens a second in brackets are
-those of this evaluation; `--speeds` takes the benchmark's from a report. Needs the whole grid (`make install`).
+the cells were trained with. Writes JSON with the usual header, and two PNGs: beside it, or in docs/figures where it
+goes to benchmarks/results. Tokens a second in brackets are those of this evaluation; `--speeds` takes the benchmark's
+from a report. Needs the whole grid (`make install`).
 `--page` puts tables and pictures of `benchmarks/results/quality_sweep-cpu.json` (or `--out`) into docs/quality.md.
 """
 
@@ -244,7 +245,9 @@ def _link(path: Path) -> str:
 
 
 def _picture(path: Path, name: str) -> Path:
-    return path.with_name(f"{path.stem}-{name}.png")
+    """Return where a picture of a record lies: beside it, or with the pages' figures where the record is published."""
+    published = path.absolute().parent == _report.RESULTS
+    return (PAGE.parent / "figures" if published else path.parent) / f"{path.stem}-{name}.png"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
