@@ -120,7 +120,8 @@ def steps_note(results: Results) -> str:
     note = (
         "steps: denoising steps of a whole response. tok/s: the benchmark's, batch 1, where it ran at these steps; in "
         f"brackets that of this evaluation, in batches of at most {batch}, without rounds or warm-up: no benchmark. "
-        "check as under Generated text. overlap gain: unigram F1 with the true continuation less that with others', points. "
+        "check as under Generated text. overlap gain: unigram F1 with the true continuation less that with others', "
+        "points. "
         "infill acc: share of tokens right, in %, when a stretch is taken out of the middle of held-out text and "
         "filled in greedily, at the tokens per forward that so many steps of a whole response have (a block-causal row "
         "takes at least a pass for every block); ± one standard error clustered by document. less control: minus the "
