@@ -1,8 +1,8 @@
 """Greedy left-to-right decoding with a key-value cache, in every way at hand: the fastest is the one to beat.
 
 All give the same tokens in fp32. The plain model is the base model itself: causal attention, no mask row. The library's
-own loop (`dllm_core.backbone.ar_decode`, through `quick_pass` on a CPU) is timed beside these, and on a GPU a graph of
-one step (`ar_graph`). B batch, V vocabulary.
+own loop (`dllm_core.backbone.ar_decode`, on a CPU through `backbone.passes.quick`) is timed beside these, and on a GPU
+a graph of one step (`ar_graph`). B batch, V vocabulary.
 """
 
 from __future__ import annotations

@@ -89,12 +89,13 @@ def table() -> str:
 
 def copies() -> str:
     """Return a sentence on the matrices that decoding on a CPU keeps a second time, in bf16."""
-    from steps.estimates import LAID_OUT_FAMILIES, LARGEST_COPY, laid_out_bytes
+    from dllm_core.backbone.families import FAMILIES
+    from steps.estimates import LARGEST_COPY, laid_out_bytes
 
     sizes = {name: laid_out_bytes(shape, "cpu", "bf16") for name, (shape, _) in models().items()}
     told = ", ".join(f"{size / 1e9:.2f} GB ({name})" for name, size in sizes.items() if size)
     none = ", ".join(name for name, size in sizes.items() if not size)
-    families = ", ".join(LAID_OUT_FAMILIES)
+    families = ", ".join(name for name, family in FAMILIES.items() if family.is_gated)
     return (
         f"Rows that write token by token or unmask on a CPU ({families}) keep the matrices of the model a second time "
         f"from\nthe first decode on, up to {LARGEST_COPY / 2**30:g} GiB: in bf16 {told}; {none}: none."

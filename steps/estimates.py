@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dllm_core.backbone.families import FAMILIES
 from dllm_core.methods.requirements import BaseShape, NetworkCost
 from steps.machine import Machine
 
@@ -25,10 +26,9 @@ ROW_MULTIPLE = 64
 DTYPE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0}
 TRAINED_BYTES = {"fp32": 16, "bf16": 18}
 """Of a trained parameter: weight, gradient and two moments in fp32; computing in bf16 keeps a copy of the weight."""
-LAID_OUT_FAMILIES = ("llama", "qwen2", "qwen3")
 LARGEST_COPY = 2**31
-"""Whose matrices are kept twice to decode on a CPU, and up to how many bytes: `quick_pass` and `laid_out` in
-`dllm_core.backbone`, which need torch."""
+"""Bytes of matrices up to which decoding on a CPU keeps them twice: as in `dllm_core.backbone.passes.quick_weights`,
+which needs torch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +253,7 @@ def laid_out_bytes(shape: ModelShape, device: str, dtype: str) -> float:
         dtype: of the weights that decode.
     """
     size = DTYPE_BYTES[dtype] * (shape.matrices + shape.embedding)
-    made = device == "cpu" and shape.family in LAID_OUT_FAMILIES and size <= LARGEST_COPY
+    made = device == "cpu" and FAMILIES[shape.family].is_gated and size <= LARGEST_COPY
     return size if made else 0.0
 
 

@@ -1,6 +1,6 @@
 """Left-to-right decoding with kept keys and values: the reference rows' sampler, and what diffusion is compared with.
 
-It goes through the same passes as diffusion (`quick_pass`), so that neither side of the comparison has better kernels:
+It goes through the same passes as diffusion (`passes`), so that neither side of the comparison has better kernels:
 the prompts in one causal pass, then one token of every row behind what is kept of those before it.
 
 B prompts, C longest prompt, T new tokens, D hidden, W ids that stand for tokens, M slots that a pass shows.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dllm_core.backbone import masks
 from dllm_core.backbone.backbone import Backbone
-from dllm_core.backbone.quick_pass import pass_for
+from dllm_core.backbone.passes.choice import pass_for
 from dllm_core.backbone.slot_cache import SlotCache
 from dllm_core.corruption.noise import NoiseSource
 from dllm_core.layers.packed_linear import linear

@@ -21,6 +21,8 @@ class Family:
         attention, mlp: inside a block.
         embeddings: token (first) and position embeddings, inside the base.
         dropouts: config fields that must be zero, because noise is keyed per sample here.
+        is_gated: blocks are llama's (RMS norms, rotary heads that may share keys, a gated MLP), which `passes` run
+            without transformers' modules; norms of heads and biases may be there or not.
     """
 
     model_type: str
@@ -32,6 +34,7 @@ class Family:
     mlp: str = "mlp"
     embeddings: tuple[str, ...] = ("embed_tokens",)
     dropouts: tuple[str, ...] = ("attention_dropout",)
+    is_gated: bool = True
 
 
 FAMILIES: dict[str, Family] = {
@@ -49,6 +52,7 @@ FAMILIES: dict[str, Family] = {
             attention="attn",
             embeddings=("wte", "wpe"),
             dropouts=("attn_pdrop", "embd_pdrop", "resid_pdrop"),
+            is_gated=False,
         ),
     )
 }

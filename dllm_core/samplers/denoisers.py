@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dllm_core.backbone import masks
-from dllm_core.backbone.quick_pass import pass_for
+from dllm_core.backbone.passes.choice import pass_for
 from dllm_core.backbone.slot_cache import SlotCache
 from dllm_core.errors import DllmError
 from dllm_core.samplers.blocks import Span

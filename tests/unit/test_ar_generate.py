@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dllm_core.backbone import quick_pass
 from dllm_core.backbone.ar_decode import decode
+from dllm_core.backbone.passes import choice
 from dllm_core.errors import DllmError
 from dllm_core.methods.ar.method import Method
 from dllm_core.methods.ar.options import Options
@@ -104,7 +104,7 @@ def test_texts_of_a_batch_that_have_ended_do_not_grow(method: Method) -> None:
 def test_watching_takes_nothing_of_the_speed(method: Method) -> None:
     """A hook on the decoder would send every pass through transformers' modules."""
     obstacles = []
-    method.generate(PROMPTS, CONFIG, on_draft=lambda *_: obstacles.append(quick_pass.obstacle(method.backbone)))
+    method.generate(PROMPTS, CONFIG, on_draft=lambda *_: obstacles.append(choice.obstacle(method.backbone)))
     assert obstacles == [None] * 9
 
 

@@ -14,11 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dllm_core.backbone import ar_decode, quick_pass
+from dllm_core.backbone import ar_decode
 from dllm_core.backbone.ar_decode import _pick, decode
 from dllm_core.backbone.backbone import Backbone
+from dllm_core.backbone.passes.quick import QuickPass
 from dllm_core.corruption.noise import NoiseSource
 from dllm_core.errors import DllmError
+from dllm_core.kernels import dispatch
 from dllm_core.methods.protocol import SamplingRequest
 from tests.tiny import NUM_TOKENS, tiny_backbone
 
@@ -187,13 +189,13 @@ def test_too_long_is_refused_before_any_work(tiny_backbone: Backbone) -> None:
 def test_a_pass_runs_one_token_of_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = tiny_backbone("llama")
     shapes: list[tuple[int, ...]] = []
-    plain_call = quick_pass.QuickPass.__call__
+    plain_call = QuickPass.__call__
 
     def counted(self: Any, input_ids_BL: Tensor, **options: Any) -> Tensor:
         shapes.append(tuple(input_ids_BL.shape))
         return plain_call(self, input_ids_BL, **options)
 
-    monkeypatch.setattr(quick_pass.QuickPass, "__call__", counted)
+    monkeypatch.setattr(QuickPass, "__call__", counted)
     decode(backbone, PROMPTS, request(max_new_tokens=4))
     assert shapes == [(3, 5), (3, 1), (3, 1), (3, 1)]
 
@@ -202,8 +204,8 @@ def test_it_says_which_passes_it_takes(caplog: pytest.LogCaptureFixture, monkeyp
     backbone = tiny_backbone("qwen3")
     expected = decode(backbone, PROMPTS, request()).sequences
     monkeypatch.setenv("DLLM_KERNELS", "reference")
-    quick_pass.dispatch.announce.cache_clear()
-    with caplog.at_level("INFO", quick_pass.dispatch.__name__):
+    dispatch.announce.cache_clear()
+    with caplog.at_level("INFO", dispatch.__name__):
         found = decode(backbone, PROMPTS, request()).sequences
     assert caplog.messages == ["decoder pass runs its reference implementation (DLLM_KERNELS=reference)"]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

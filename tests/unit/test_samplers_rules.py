@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from dllm_core.backbone.backbone import Backbone
 from dllm_core.backbone.contract import Contract
-from dllm_core.backbone.laid_out import real_head
+from dllm_core.backbone.passes.protocol import real_head
 from dllm_core.samplers.acceptance import RULES, Draft, acceptance_rule, best_candidates
 from dllm_core.samplers.config import SAMPLERS, DiffusionGenerationConfig, sampler_config
 from dllm_core.samplers.denoise import invert_cdf, propose

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dllm_core.backbone import laid_out, quick_pass
 from dllm_core.backbone.backbone import Backbone
+from dllm_core.backbone.passes import choice, quick_weights
 from dllm_core.evals.memory import loaded_bytes, watch_peak, weight_bytes
 from dllm_core.layers.packed_linear import reorders
 from steps import estimates
@@ -33,16 +33,15 @@ def shape_of(backbone: Backbone) -> ModelShape:
     return ModelShape.from_config(backbone.config.to_dict())
 
 
-def copied(weights: laid_out.LaidOut) -> Iterator[Tensor]:
+def copied(weights: quick_weights.LaidOut) -> Iterator[Tensor]:
     yield weights.head_WD
     for block in weights.blocks:
         for part in (*block.query_key_value.parts, block.out, block.gate, block.up, block.down):
             yield part.weight
 
 
-def test_families_and_limit_are_those_of_the_pass() -> None:
-    assert estimates.LAID_OUT_FAMILIES == quick_pass.FAMILIES
-    assert estimates.LARGEST_COPY == laid_out.LARGEST_COPY
+def test_the_limit_is_that_of_the_pass() -> None:
+    assert estimates.LARGEST_COPY == quick_weights.LARGEST_COPY
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -51,8 +50,8 @@ def test_matrices_are_those_that_a_pass_multiplies_with(family: str, dtype: str)
     backbone = tiny_backbone(family, layers=3).to(DTYPES[dtype])
     # rows of the table that stand for no token are not copied: at most 64 more of them in a converted checkpoint
     shape, found = replace(shape_of(backbone), vocab=backbone.contract.num_tokens), 0
-    if quick_pass.obstacle(backbone) is None:
-        found = sum(t.numel() * t.element_size() for t in copied(laid_out.laid_out(backbone)))
+    if choice.obstacle(backbone) is None:
+        found = sum(t.numel() * t.element_size() for t in copied(quick_weights.laid_out(backbone)))
     assert found == laid_out_bytes(shape, "cpu", dtype)
     matrices = [p for layer in backbone.layers for p in layer.parameters() if p.dim() == 2]
     assert shape.matrices == sum(p.numel() for p in matrices)
@@ -67,7 +66,7 @@ def test_a_first_pass_takes_as_much_memory_as_estimated(dtype: str) -> None:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what the other dtype took would be used again, unseen
     with watch_peak(torch.device("cpu")) as peak:
-        kept = laid_out.laid_out(backbone)
+        kept = quick_weights.laid_out(backbone)
     if peak.extra_bytes is None:
         pytest.skip("this process may not reset its high-water mark")
     assert next(copied(kept)).is_mkldnn

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dllm_core.backbone.laid_out import real_head
+from dllm_core.backbone.passes.protocol import real_head
 from dllm_core.corruption.noise import NoiseSource
 from dllm_core.data.batch import Batch
 from dllm_core.errors import DllmError

@@ -13,20 +13,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dllm_core.backbone import ar_decode, captured, joined, masks, quick_pass, recording
+from dllm_core.backbone import ar_decode, masks
 from dllm_core.backbone.backbone import Backbone
-from dllm_core.backbone.captured import CapturedPass, Captures
-from dllm_core.backbone.joined import Joined
+from dllm_core.backbone.passes import captured, choice, joined_weights, recording
+from dllm_core.backbone.passes.captured import CapturedPass, Captures
+from dllm_core.backbone.passes.joined_weights import Joined
+from dllm_core.backbone.passes.plain import PlainPass
 from dllm_core.backbone.slot_cache import SlotCache
 from dllm_core.errors import DllmError
+from dllm_core.kernels import dispatch
 from dllm_core.layers import gated_parts
 from dllm_core.methods.protocol import SamplingRequest
 from dllm_core.samplers import denoisers
 from dllm_core.samplers.config import SAMPLERS, DiffusionGenerationConfig
 from dllm_core.samplers.loop import generate
+from tests.decoder_models import CHANGES, GATED, VARIANTS, attention_masks, close, decoder, in_place, modules
 from tests.tape_graph import RefusingRecorder, TapeRecorder
 from tests.tiny import NUM_TOKENS, tiny_backbone
-from tests.unit.test_backbone_quick_pass import GATED, VARIANTS, attention_masks, close, variant
 
 
 def ids(*shape: int, seed: int = 0) -> Tensor:
@@ -38,26 +41,17 @@ def passes(backbone: Backbone, recorder: TapeRecorder | None = None) -> tuple[Ca
     return CapturedPass(backbone, Captures(Joined(backbone), recorder), gated_parts.eager()), recorder
 
 
-def model(kind: str) -> Backbone:
-    return tiny_backbone(kind, layers=3) if kind in GATED else variant(kind)
-
-
-@torch.no_grad()
-def modules(backbone: Backbone, canvas_BL: Tensor, row_M: Tensor | None = None, **options: Any) -> Tensor:
-    return quick_pass.PlainPass(backbone)(canvas_BL, row_M=row_M, **options)
-
-
 @pytest.fixture
 def played(monkeypatch: pytest.MonkeyPatch) -> TapeRecorder:
     """Decode through graphs played on a CPU, chosen as they are on a GPU."""
     recorder = TapeRecorder()
 
     def pass_for(backbone: Backbone, *, quick: bool = True, compiling: str = "auto") -> Any:
-        if not quick or quick_pass.obstacle(backbone) or joined.obstacle(backbone):
-            return quick_pass.PlainPass(backbone)
-        captures = captured.captures_of(backbone)
+        if not quick or choice.obstacle(backbone) or joined_weights.obstacle(backbone):
+            return PlainPass(backbone)
+        captures = choice.captures_of(backbone)
         captures.recorder = recorder
-        return captured.joined_pass_for(backbone, compiling)
+        return choice.joined_pass_for(backbone, compiling)
 
     monkeypatch.setattr(denoisers, "pass_for", pass_for)
     return recorder
@@ -71,8 +65,8 @@ def played(monkeypatch: pytest.MonkeyPatch) -> TapeRecorder:
 @pytest.mark.parametrize("kind", [*GATED, *VARIANTS])
 def test_states_are_those_of_the_modules(kind: str, batch: int, copies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """First launched, then recorded, then replayed on other tokens, rows and masks."""
-    monkeypatch.setitem(joined.LARGEST_COPY, "cpu", 2**31 if copies else 0)
-    backbone = model(kind)
+    monkeypatch.setitem(joined_weights.LARGEST_COPY, "cpu", 2**31 if copies else 0)
+    backbone = decoder(kind)
     run, recorder = passes(backbone)
     assert len(run.captures.weights.blocks[0].heads) == (1 if copies else 3)
     for seed in range(4):
@@ -88,10 +82,10 @@ def test_states_are_those_of_the_modules(kind: str, batch: int, copies: bool, mo
 @pytest.mark.parametrize("packs", [True, False])
 def test_without_reordering_the_states_are_the_same(packs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: gate and up are one product there."""
-    monkeypatch.setattr(joined, "reorders", lambda dtype: packs)
+    monkeypatch.setattr(joined_weights, "reorders", lambda dtype: packs)
     monkeypatch.setattr("dllm_core.layers.packed_linear.reorders", lambda dtype: packs)
     for kind in (*GATED, "biases"):
-        backbone = model(kind)
+        backbone = decoder(kind)
         run, _ = passes(backbone)
         assert len(run.captures.weights.blocks[0].inner) == (2 if packs else 1)
         for seed in range(3):
@@ -118,7 +112,7 @@ def test_any_order_of_shapes_gives_what_the_modules_do(data: Any) -> None:
 
 def test_bf16_is_as_close_to_float64_as_the_modules_are() -> None:
     for kind in GATED:
-        backbone = model(kind).to(torch.bfloat16)
+        backbone = decoder(kind).to(torch.bfloat16)
         exact, errors = copy.deepcopy(backbone).double(), torch.zeros(2, dtype=torch.float64)
         run, _ = passes(backbone)
         for seed in range(12):
@@ -133,7 +127,7 @@ def test_bf16_is_as_close_to_float64_as_the_modules_are() -> None:
 
 def test_a_result_belongs_to_the_caller() -> None:
     """What is replayed next, of this shape or another, leaves it alone; and so do other inputs."""
-    backbone = model("llama")
+    backbone = decoder("llama")
     run, _ = passes(backbone)
     results = []
     for seed in range(5):
@@ -150,7 +144,7 @@ def test_a_result_belongs_to_the_caller() -> None:
 
 
 def test_one_graph_serves_a_decode_whose_rows_become_fewer() -> None:
-    backbone = model("llama")
+    backbone = decoder("llama")
     run, recorder = passes(backbone)
     for count in (20, 17, 16, 9, 1):
         canvas, asked = ids(1, 24, seed=count), torch.arange(24)[-count:]
@@ -175,7 +169,7 @@ def test_a_lone_pass_records_nothing_and_old_shapes_are_let_go(monkeypatch: pyte
 
 def test_masked_lengths_share_a_graph() -> None:
     """Padding that nobody sees; a batch's rows lie further apart in it."""
-    backbone = model("qwen3")
+    backbone = decoder("qwen3")
     run, recorder = passes(backbone)
     for length in (13, 32, 20, 13, 31):
         for batch in (1, 2):
@@ -200,8 +194,8 @@ def test_long_passes_are_launched_as_they_come(monkeypatch: pytest.MonkeyPatch) 
 def test_a_device_that_records_nothing_is_asked_once(caplog: pytest.LogCaptureFixture) -> None:
     backbone = tiny_backbone("llama")
     run, recorder = passes(backbone, RefusingRecorder())
-    quick_pass.dispatch.announce.cache_clear()
-    with caplog.at_level("INFO", quick_pass.dispatch.__name__):
+    dispatch.announce.cache_clear()
+    with caplog.at_level("INFO", dispatch.__name__):
         for seed in range(4):
             canvas = ids(1, 6 + seed % 2, seed=seed)
             close(run(canvas), modules(backbone, canvas))
@@ -235,7 +229,7 @@ def windows() -> list[tuple[Any, int | None, Tensor | None, Tensor | None]]:
 
 @pytest.mark.parametrize("kind", GATED)
 def test_states_from_a_cache_are_those_of_the_modules(kind: str) -> None:
-    backbone = model(kind)
+    backbone = decoder(kind)
     run, recorder = passes(backbone)
     for seed in range(3):
         expecting, cache = (SlotCache(backbone.num_layers, 16) for _ in range(2))
@@ -255,7 +249,7 @@ def test_states_from_a_cache_are_those_of_the_modules(kind: str) -> None:
 
 def test_two_caches_at_a_time_do_not_mix() -> None:
     """The second has no buffers of the graphs', nor gets any later: what it holds would be lost."""
-    backbone = model("llama")
+    backbone = decoder("llama")
     run, recorder = passes(backbone)
     pairs = [tuple(SlotCache(backbone.num_layers, 12) for _ in range(2)) for _ in range(2)]
     for step in range(5):
@@ -272,7 +266,7 @@ def test_two_caches_at_a_time_do_not_mix() -> None:
 
 def test_a_cache_finds_nothing_that_another_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a slot held, nan included: weights of 0 do not make nan 0."""
-    backbone = model("llama")
+    backbone = decoder("llama")
     run, recorder = passes(backbone)
     for seed in range(4):
         expecting, cache = (SlotCache(backbone.num_layers, 12) for _ in range(2))
@@ -287,11 +281,11 @@ def test_a_cache_finds_nothing_that_another_left(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_cache_of_fewer_rows_goes_on_by_itself() -> None:
-    backbone = model("llama")
+    backbone = decoder("llama")
     run, _ = passes(backbone)
     expecting, cache = (SlotCache(backbone.num_layers, 12) for _ in range(2))
     for found in (cache, expecting):
-        run_or_modules = run if found is cache else quick_pass.PlainPass(backbone)
+        run_or_modules = run if found is cache else PlainPass(backbone)
         with torch.no_grad():
             run_or_modules(ids(3, 6), cache=found.at(0))
         found.keep_rows(torch.tensor([2, 0]))
@@ -301,7 +295,7 @@ def test_a_cache_of_fewer_rows_goes_on_by_itself() -> None:
 
 def test_stores_are_let_go_with_their_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captured, "KEPT_STORES", 1)
-    backbone = model("llama")
+    backbone = decoder("llama")
     run, _ = passes(backbone)
     small, large = SlotCache(backbone.num_layers, 12), SlotCache(backbone.num_layers, 80)
     expecting = SlotCache(backbone.num_layers, 12)
@@ -317,53 +311,16 @@ def test_stores_are_let_go_with_their_graphs(monkeypatch: pytest.MonkeyPatch) ->
 # -- weights that change ----------------------------------------------------------------------------------------------
 
 
-def _in_place(backbone: Backbone) -> None:
-    with torch.no_grad():
-        backbone.layers[1].mlp.up_proj.weight[3, 4] += 2.0
-
-
-def _replaced(backbone: Backbone) -> None:
-    weight = backbone.layers[0].self_attn.k_proj.weight
-    weight.data = weight.data + 0.5
-
-
-def _behind_the_counter(backbone: Backbone) -> None:
-    backbone.layers[1].mlp.gate_proj.weight.data.mul_(1.5)
-
-
-def _not_copied(backbone: Backbone) -> None:
-    backbone.layers[1].mlp.down_proj.weight.data.mul_(1.5)
-
-
-def _a_head_norm(backbone: Backbone) -> None:
-    backbone.layers[0].self_attn.k_norm.weight.data.mul_(1.7)
-
-
-def _a_norm(backbone: Backbone) -> None:
-    backbone.layers[0].input_layernorm.weight.data = torch.full((32,), 0.7)
-
-
-def _another_module(backbone: Backbone) -> None:
-    backbone.layers[0].mlp.down_proj = copy.deepcopy(backbone.layers[1].mlp.down_proj)
-
-
-def _loaded(backbone: Backbone) -> None:
-    backbone.load_state_dict(tiny_backbone("qwen3", seed=9).state_dict())
-
-
-CHANGES = [_in_place, _replaced, _behind_the_counter, _not_copied, _a_head_norm, _a_norm, _another_module, _loaded]
-
-
 @pytest.mark.parametrize("packs", [True, False])
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed_weights_are_read_anew(
     change: Any, packs: bool, played: TapeRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(joined, "reorders", lambda dtype: packs)
+    monkeypatch.setattr(joined_weights, "reorders", lambda dtype: packs)
     backbone, canvas = tiny_backbone("qwen3"), ids(1, 9)
     for _ in range(3):
         before = denoisers.pass_for(backbone)(canvas)
-    assert captured.captures_of(backbone) is captured.captures_of(backbone)
+    assert choice.captures_of(backbone) is choice.captures_of(backbone)
     assert (played.records, played.replays) == (1, 2)
     change(backbone)
     for _ in range(3):
@@ -392,11 +349,11 @@ def test_graphs_belong_to_nobody_else(played: TapeRecorder) -> None:
         denoisers.pass_for(backbone)(canvas)
     other = copy.deepcopy(backbone)
     assert set(backbone.state_dict()) == names
-    _in_place(other)
+    in_place(other)
     for _ in range(2):
         close(denoisers.pass_for(other)(canvas), modules(other, canvas))
         close(denoisers.pass_for(backbone)(canvas), modules(backbone, canvas))
-    gone = weakref.ref(captured.captures_of(backbone))
+    gone = weakref.ref(choice.captures_of(backbone))
     del backbone
     played.graphs.clear()
     gc.collect()
@@ -442,7 +399,7 @@ def test_left_to_right_decodes_are_those_of_the_modules(played: TapeRecorder, mo
     """One token a pass, slots and positions that differ, and a prompt that is run once."""
     monkeypatch.setattr(ar_decode, "pass_for", denoisers.pass_for)
     for kind in GATED:
-        backbone = model(kind)
+        backbone = decoder(kind)
         request = SamplingRequest(max_new_tokens=9, num_steps=1, stop_at_eos=False)
         for seed in range(2):
             rows, found = [ids(n, seed=seed) for n in (5, 9, 2)], []
@@ -478,17 +435,17 @@ def _positions_by_length(backbone: Backbone) -> None:
 )
 def test_it_steps_aside_where_it_would_not_give_the_same(change: Any, reason: str) -> None:
     backbone = tiny_backbone("llama")
-    assert joined.obstacle(backbone) is None
+    assert joined_weights.obstacle(backbone) is None
     change(backbone)
-    assert reason in str(joined.obstacle(backbone))
+    assert reason in str(joined_weights.obstacle(backbone))
     with pytest.raises(DllmError, match=reason):
-        quick_pass.pass_for(backbone, compiling="always")
+        choice.pass_for(backbone, compiling="always")
 
 
 def test_the_reference_is_the_reference_whatever_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DLLM_KERNELS", "reference")
     for compiling in ("auto", "never", "always"):
-        assert isinstance(quick_pass.pass_for(tiny_backbone("llama"), compiling=compiling), quick_pass.PlainPass)
+        assert isinstance(choice.pass_for(tiny_backbone("llama"), compiling=compiling), PlainPass)
 
 
 def test_longer_than_the_model_or_the_cache_is_refused() -> None:

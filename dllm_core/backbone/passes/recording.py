@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dllm_core.backbone.joined import Joined
-from dllm_core.backbone.joined_pass import decoded
+from dllm_core.backbone.passes.joined import decoded
+from dllm_core.backbone.passes.joined_weights import Joined
 from dllm_core.backbone.slot_cache import SlotCache, SlotLayer
 from dllm_core.layers.gated_parts import Parts
 from dllm_core.layers.graphs import Graph, Recorder
@@ -118,7 +118,7 @@ class Recording:
         if store is not None:
             self.position_BL, self.slot_BL = torch.zeros_like(self.ids_BL), torch.zeros_like(self.ids_BL)
         else:
-            self.rotation = weights.rotation(torch.arange(length, device=device)[None])
+            self.rotation = weights.rotations.at(torch.arange(length, device=device)[None])
         if shape.masks is not None:
             # tokens beyond a pass see themselves: a query that sees nothing is no number
             keys = length if shape.slots is None else shape.slots
@@ -179,7 +179,7 @@ class Recording:
         if self.store is not None:
             assert self.position_BL is not None
             assert self.slot_BL is not None
-            rotation, keep = self.weights.rotation(self.position_BL), self.store.cache.at(self.slot_BL).update
+            rotation, keep = self.weights.rotations.at(self.position_BL), self.store.cache.at(self.slot_BL).update
         assert rotation is not None
         self._out = decoded(
             self.weights, self.parts, self.ids_BL, rotation, row_M=self.row_M, mask_B1LM=self.mask_B1LM, keep=keep

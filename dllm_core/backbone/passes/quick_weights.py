@@ -1,4 +1,4 @@
-"""A gated decoder's weights as `quick_pass` reads them: matrices laid out once for a CPU, until they change.
+"""A gated decoder's weights as `quick` reads them: matrices laid out once for a CPU, until they change.
 
 D hidden, O outputs, I inputs, W ids that stand for tokens.
 """
@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from dllm_core.backbone.passes.protocol import real_head
 from dllm_core.layers.packed_linear import Layout, Product, layout, products
 
 if TYPE_CHECKING:
@@ -137,11 +138,6 @@ class LaidOut:
         self.final_norm = Norm.of(getattr(backbone.decoder, backbone.family.norm))
 
 
-def real_head(backbone: Backbone) -> Tensor:
-    """Return the rows of the output head that stand for tokens, [W, D]; leaving the others out is less than masking."""
-    return backbone.head_weight_VD[: backbone.contract.num_tokens].detach()
-
-
 _kept: WeakKeyDictionary[Backbone, LaidOut] = WeakKeyDictionary()
 
 
@@ -159,9 +155,10 @@ def _state(backbone: Backbone) -> object:
     weights = [weight.detach() for weight in backbone.model.parameters()]
     counts = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
     # writing through `.data` counts nowhere
-    probes = torch.stack([_bits(weight[::PROBED_EVERY]).sum() for weight in weights if weight.dim() == 2])
+    probes = torch.stack([bits(weight[::PROBED_EVERY]).sum() for weight in weights if weight.dim() == 2])
     return counts, probes.tolist()
 
 
-def _bits(matrix: Tensor) -> Tensor:
-    return matrix.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[matrix.element_size()])
+def bits(numbers: Tensor) -> Tensor:
+    """Return floating-point numbers as integers of the same bits, for which a NaN equals itself."""
+    return numbers.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[numbers.element_size()])

@@ -10,58 +10,28 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
-from dllm_core.backbone import laid_out, masks, quick_pass
+from dllm_core.backbone import attention
 from dllm_core.backbone.backbone import Backbone
-from dllm_core.backbone.contract import Contract
+from dllm_core.backbone.passes import choice, quick_weights
+from dllm_core.backbone.passes.plain import PlainPass
+from dllm_core.backbone.passes.quick import QuickPass
 from dllm_core.backbone.slot_cache import SlotCache
-from dllm_core.kernels import token_stats
+from dllm_core.kernels import dispatch, token_stats
 from dllm_core.samplers.config import DiffusionGenerationConfig
 from dllm_core.samplers.loop import generate
-from tests.tiny import NUM_TOKENS, tiny_backbone, tiny_config
-
-GATED = ("llama", "qwen2", "qwen3")
-VARIANTS: dict[str, dict[str, Any]] = {
-    "biases": {"attention_bias": True, "mlp_bias": True},
-    "stretched positions": {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0}},
-    "one key head": {"num_key_value_heads": 1},
-    "wide heads": {"head_dim": 12},
-}
+from tests.decoder_models import CHANGES, GATED, VARIANTS, attention_masks, close, decoder, in_place
+from tests.tiny import NUM_TOKENS, tiny_backbone
 
 
 def ids(*shape: int) -> Tensor:
     return torch.randint(NUM_TOKENS, shape, generator=torch.Generator().manual_seed(len(shape)))
 
 
-def quick(backbone: Backbone) -> quick_pass.QuickPass:
-    found = quick_pass.pass_for(backbone)
-    assert isinstance(found, quick_pass.QuickPass), quick_pass.obstacle(backbone)
+def quick(backbone: Backbone) -> QuickPass:
+    found = choice.pass_for(backbone)
+    assert isinstance(found, QuickPass), choice.obstacle(backbone)
     return found
-
-
-def variant(name: str) -> Backbone:
-    config = tiny_config("llama")
-    for key, value in VARIANTS[name].items():
-        setattr(config, key, value)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return Backbone(model, Contract(mask_token_id=NUM_TOKENS, num_tokens=NUM_TOKENS, alignment="shifted"))
-
-
-def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
-
-
-def attention_masks(batch: int, length: int) -> list[Tensor | None]:
-    documents = torch.zeros(batch, length, dtype=torch.long)
-    documents[-1, length // 2 :] = -1
-    block = torch.arange(length) // 4
-    blocks = (block[:, None] >= block)[None, None]
-    padded = masks.document_mask(documents, causal=False)
-    return [None, padded, blocks, blocks & padded]
 
 
 # -- the same states --------------------------------------------------------------------------------------------------
@@ -70,7 +40,7 @@ def attention_masks(batch: int, length: int) -> list[Tensor | None]:
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("kind", [*GATED, *VARIANTS])
 def test_states_are_those_of_the_modules(kind: str, batch: int) -> None:
-    backbone = tiny_backbone(kind, layers=3) if kind in GATED else variant(kind)
+    backbone = decoder(kind)
     run, canvas = quick(backbone), ids(batch, 11)
     asked = torch.tensor([0, 10, 3, batch * 11 - 1])
     for mask in attention_masks(batch, 11):
@@ -135,22 +105,20 @@ def test_a_long_canvas_takes_the_kernel_for_long_ones(monkeypatch: pytest.Monkey
     canvas = ids(2, 13)
     short = quick(backbone)(canvas)
     calls = []
-    sdpa = quick_pass.attention.sdpa_attention_forward
+    sdpa = attention.sdpa_attention_forward
     monkeypatch.setattr("dllm_core.layers.attention.LONGEST_PLAIN", 12)
-    monkeypatch.setattr(
-        quick_pass.attention, "sdpa_attention_forward", lambda *a, **k: (calls.append(1), sdpa(*a, **k))[1]
-    )
+    monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *a, **k: (calls.append(1), sdpa(*a, **k))[1])
     long = quick(backbone)(canvas)
     assert len(calls) == backbone.num_layers
     assert (long.float() - short.float()).norm() < 0.05 * short.float().norm()
 
 
-@pytest.mark.parametrize("largest", [0, laid_out.LARGEST_COPY])
+@pytest.mark.parametrize("largest", [0, quick_weights.LARGEST_COPY])
 def test_weights_are_copied_up_to_a_size(largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(laid_out, "LARGEST_COPY", largest)
+    monkeypatch.setattr(quick_weights, "LARGEST_COPY", largest)
     backbone, canvas = tiny_backbone("qwen2"), ids(2, 9)
     run = quick(backbone)
-    if laid_out.layout(backbone.device, torch.float32, 1)(torch.zeros(4, 4)).is_mkldnn:
+    if quick_weights.layout(backbone.device, torch.float32, 1)(torch.zeros(4, 4)).is_mkldnn:
         assert run.weights.blocks[0].up.weight.is_mkldnn == (largest > 0)
         assert run.head_WD.is_mkldnn == (largest > 0)
     with torch.no_grad():
@@ -158,7 +126,7 @@ def test_weights_are_copied_up_to_a_size(largest: int, monkeypatch: pytest.Monke
     reads_out_as_the_model(run, backbone)
 
 
-def reads_out_as_the_model(run: quick_pass.QuickPass, backbone: Backbone) -> None:
+def reads_out_as_the_model(run: QuickPass, backbone: Backbone) -> None:
     """Compare what is read through the pass's head with the distribution of the model's own logits."""
     states = torch.randn(7, backbone.hidden_size, generator=torch.Generator().manual_seed(4)).to(torch.float32)
     found = token_stats.stats(states.to(backbone.head_weight_VD.dtype), run.head_WD, entropy=True)
@@ -172,28 +140,6 @@ def reads_out_as_the_model(run: quick_pass.QuickPass, backbone: Backbone) -> Non
 # -- weights that change ----------------------------------------------------------------------------------------------
 
 
-def _in_place(backbone: Backbone) -> None:
-    with torch.no_grad():
-        backbone.layers[1].mlp.up_proj.weight[3, 4] += 2.0
-
-
-def _replaced(backbone: Backbone) -> None:
-    weight = backbone.layers[0].self_attn.k_proj.weight
-    weight.data = weight.data + 0.5
-
-
-def _behind_the_counter(backbone: Backbone) -> None:
-    backbone.layers[1].mlp.down_proj.weight.data.mul_(1.5)
-
-
-def _a_norm(backbone: Backbone) -> None:
-    backbone.layers[0].input_layernorm.weight.data = torch.full((32,), 0.7)
-
-
-def _loaded(backbone: Backbone) -> None:
-    backbone.load_state_dict(tiny_backbone("llama", seed=9).state_dict())
-
-
 def _the_head(backbone: Backbone) -> None:
     backbone.model.get_output_embeddings().weight.data[::3] *= 1.3
 
@@ -202,9 +148,9 @@ def _cast(backbone: Backbone) -> None:
     backbone.to(torch.float64)
 
 
-@pytest.mark.parametrize("change", [_in_place, _replaced, _behind_the_counter, _a_norm, _loaded, _cast])
+@pytest.mark.parametrize("change", [*CHANGES, _cast])
 def test_changed_weights_are_laid_out_anew(change: Any) -> None:
-    backbone, canvas = tiny_backbone("llama"), ids(1, 9)
+    backbone, canvas = tiny_backbone("qwen3"), ids(1, 9)
     before = quick(backbone)(canvas)
     assert quick(backbone).weights is quick(backbone).weights, "weights that did not change are laid out once"
     change(backbone)
@@ -243,7 +189,7 @@ def test_what_is_laid_out_belongs_to_nobody_else() -> None:
     quick(backbone)(canvas)
     other = copy.deepcopy(backbone)
     assert set(backbone.state_dict()) == names
-    _in_place(other)
+    in_place(other)
     with torch.no_grad():
         close(quick(other)(canvas), other.hidden(canvas, causal=False))
         close(quick(backbone)(canvas), backbone.hidden(canvas, causal=False))
@@ -302,27 +248,27 @@ def test_it_steps_aside_where_it_would_not_give_the_same(
 ) -> None:
     backbone, canvas = tiny_backbone("llama"), ids(2, 9)
     change(backbone, monkeypatch)
-    assert reason in str(quick_pass.obstacle(backbone))
-    run = quick_pass.pass_for(backbone)
-    assert isinstance(run, quick_pass.PlainPass)
+    assert reason in str(choice.obstacle(backbone))
+    run = choice.pass_for(backbone)
+    assert isinstance(run, PlainPass)
     with torch.no_grad():
         expected = backbone.hidden(canvas, causal=False)
         close(run(canvas, row_M=torch.tensor([4, 11])), expected.flatten(0, 1)[[4, 11]])
 
 
 def test_other_families_and_autocast_take_the_modules() -> None:
-    assert "not written for gpt2" in str(quick_pass.obstacle(tiny_backbone("gpt2")))
+    assert "not written for gpt2" in str(choice.obstacle(tiny_backbone("gpt2")))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert quick_pass.obstacle(tiny_backbone("llama")) == "autocast is on"
-    assert isinstance(quick_pass.pass_for(tiny_backbone("llama"), quick=False), quick_pass.PlainPass)
+        assert choice.obstacle(tiny_backbone("llama")) == "autocast is on"
+    assert isinstance(choice.pass_for(tiny_backbone("llama"), quick=False), PlainPass)
 
 
 def test_which_pass_runs_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    quick_pass.dispatch.announce.cache_clear()
-    with caplog.at_level("INFO", quick_pass.dispatch.__name__):
+    dispatch.announce.cache_clear()
+    with caplog.at_level("INFO", dispatch.__name__):
         for _ in range(2):
-            quick_pass.pass_for(tiny_backbone("llama"))
-            quick_pass.pass_for(tiny_backbone("gpt2"))
+            choice.pass_for(tiny_backbone("llama"))
+            choice.pass_for(tiny_backbone("gpt2"))
     assert caplog.messages == [
         "decoder pass runs its quick implementation (llama on a CPU)",
         "decoder pass runs its reference implementation (it is not written for gpt2)",

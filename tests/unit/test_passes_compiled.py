@@ -9,16 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from dllm_core.backbone import captured, quick_pass
-from dllm_core.backbone.captured import CapturedPass, Captures
-from dllm_core.backbone.joined import Joined
+from dllm_core.backbone.passes import choice
+from dllm_core.backbone.passes.captured import CapturedPass, Captures
+from dllm_core.backbone.passes.joined import JoinedPass
+from dllm_core.backbone.passes.joined_weights import Joined
+from dllm_core.backbone.passes.quick import QuickPass
 from dllm_core.errors import DllmError
+from dllm_core.kernels import dispatch
 from dllm_core.layers import compiling, gated_parts
 from dllm_core.samplers.config import DiffusionGenerationConfig
 from dllm_core.samplers.loop import generate
+from tests.decoder_models import GATED, close
 from tests.tape_graph import TapeRecorder
 from tests.tiny import tiny_backbone
-from tests.unit.test_backbone_quick_pass import GATED, close, ids
+from tests.unit.test_passes_quick import ids
 
 CPU = torch.device("cpu")
 EPS = 1e-5
@@ -30,7 +34,7 @@ UNCOMPILED = dataclasses.replace(gated_parts.eager(), turned=gated_parts.turned_
 def spent(monkeypatch: pytest.MonkeyPatch) -> compiling.Spending:
     """Start from nothing spent, and leave it so."""
     found = compiling.Spending()
-    for module in (compiling, captured):
+    for module in (compiling, choice):
         monkeypatch.setattr(module, "SPENT", found)
     return found
 
@@ -101,7 +105,7 @@ def test_the_tables_are_transformers_rotation() -> None:
     x_BLNH = torch.randn(2, 3, 4, 8)
     first, second = x_BLNH.chunk(2, -1)
     expected = x_BLNH * cos_BLH[:, :, None] + torch.cat((-second, first), -1) * sin_BLH[:, :, None]
-    found = gated_parts.eager().turned(x_BLNH, *Joined(backbone).rotation(positions), None, EPS)
+    found = gated_parts.eager().turned(x_BLNH, *Joined(backbone).rotations.at(positions), None, EPS)
     torch.testing.assert_close(found, expected.transpose(1, 2))
 
 
@@ -112,10 +116,10 @@ def test_the_tables_are_transformers_rotation() -> None:
 def test_on_a_cpu_compiled_parts_are_asked_for_by_name(kind: str, uncompiled: list[int]) -> None:
     backbone = tiny_backbone(kind, layers=3)
     for word in ("auto", "never"):
-        assert isinstance(quick_pass.pass_for(backbone, compiling=word), quick_pass.QuickPass)
+        assert isinstance(choice.pass_for(backbone, compiling=word), QuickPass)
     assert not uncompiled
-    run = quick_pass.pass_for(backbone, compiling="always")
-    assert isinstance(run, captured.JoinedPass)
+    run = choice.pass_for(backbone, compiling="always")
+    assert isinstance(run, JoinedPass)
     assert uncompiled
     for seed in range(3):
         canvas, asked = ids(2, 9 + seed), torch.tensor([3, 1, 16])
@@ -133,24 +137,24 @@ def test_graphs_are_compiled_once_that_pays(
     spent: compiling.Spending, uncompiled: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU, of which this machine plays the part."""
-    monkeypatch.setattr(captured, "can_compile", lambda device: None)
+    monkeypatch.setattr(choice, "can_compile", lambda device: None)
     backbone = tiny_backbone("llama")
     captures = Captures(Joined(backbone), TapeRecorder())
-    assert not captured.parts_for(captures, "auto").compiled
-    captures.passes = captured.PASSES_BEFORE_COMPILING
-    assert not captured.parts_for(captures, "auto").compiled, "on a CPU it never pays"
+    assert not choice.parts_for(captures, "auto").compiled
+    captures.passes = choice.PASSES_BEFORE_COMPILING
+    assert not choice.parts_for(captures, "auto").compiled, "on a CPU it never pays"
     monkeypatch.setattr(captures.weights, "device", Elsewhere("cuda"))
-    spent.seconds = captured.COMPILE_BUDGET_S
-    assert not captured.parts_for(captures, "auto").compiled, "enough has been spent"
+    spent.seconds = choice.COMPILE_BUDGET_S
+    assert not choice.parts_for(captures, "auto").compiled, "enough has been spent"
     spent.seconds = 0.0
     captures.passes -= 1
-    assert not captured.parts_for(captures, "auto").compiled
+    assert not choice.parts_for(captures, "auto").compiled
     captures.passes += 1
-    monkeypatch.setattr(captured, "_try_out", lambda weights, parts: None)
-    assert captured.parts_for(captures, "auto").compiled
+    monkeypatch.setattr(choice, "_try_out", lambda weights, parts: None)
+    assert choice.parts_for(captures, "auto").compiled
     captures.passes = 0
-    assert captured.parts_for(captures, "auto").compiled, "what has been compiled is used"
-    assert not captured.parts_for(captures, "never").compiled
+    assert choice.parts_for(captures, "auto").compiled, "what has been compiled is used"
+    assert not choice.parts_for(captures, "never").compiled
     assert spent.seconds > 0
 
 
@@ -181,14 +185,14 @@ def test_a_compiler_that_fails_is_asked_once(
         tries.append(1)
         raise RuntimeError("no such target\nand more")
 
-    monkeypatch.setattr(captured, "can_compile", lambda device: None)
+    monkeypatch.setattr(choice, "can_compile", lambda device: None)
     broken_parts = dataclasses.replace(gated_parts.eager(), turned=broken, compiled=True)
     monkeypatch.setattr(gated_parts, "compiled", lambda: broken_parts)
-    quick_pass.dispatch.announce.cache_clear()
+    dispatch.announce.cache_clear()
     backbone, canvas = tiny_backbone("llama"), ids(1, 9)
-    with caplog.at_level("INFO", quick_pass.dispatch.__name__):
+    with caplog.at_level("INFO", dispatch.__name__):
         for _ in range(2):
-            run = quick_pass.pass_for(backbone, compiling="always")
+            run = choice.pass_for(backbone, compiling="always")
             with torch.no_grad():
                 close(run(canvas), backbone.hidden(canvas, causal=False))
     assert tries == [1]
@@ -200,9 +204,9 @@ def test_without_a_compiler_always_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
     backbone = tiny_backbone("llama")
     with pytest.raises(DllmError, match="no C\\+\\+ compiler at hand"):
-        quick_pass.pass_for(backbone, compiling="always")
+        choice.pass_for(backbone, compiling="always")
     with pytest.raises(DllmError, match="not written for gpt2"):
-        quick_pass.pass_for(tiny_backbone("gpt2"), compiling="always")
+        choice.pass_for(tiny_backbone("gpt2"), compiling="always")
 
 
 @pytest.mark.parametrize("word", ["sometimes", None, 3])
@@ -238,7 +242,7 @@ def test_compiled_parts_are_what_they_say(spent: compiling.Spending) -> None:
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_a_compiled_pass_is_the_modules(kind: str, spent: compiling.Spending) -> None:
     backbone = tiny_backbone(kind, layers=2)
-    run = quick_pass.pass_for(backbone, compiling="always")
+    run = choice.pass_for(backbone, compiling="always")
     assert spent.fault is None
     for batch, length in ((1, 9), (2, 9), (3, 17)):
         canvas = ids(batch, length)

@@ -1,6 +1,6 @@
 """One pass of a gated decoder over joined weights: nine launches a block where its element-wise parts are compiled.
 
-The maths of `quick_pass` for a GPU, on which a pass over a few hundred tokens is as long as its launches are many:
+The maths of `quick` for a GPU, on which a pass over a few hundred tokens is as long as its launches are many:
 products are joined, residual sums are made by the products, attention is one kernel. `captured` replays it as a graph.
 
 B batch, L tokens run, R = B L rows, M rows asked for (of a mask: visible keys), N query heads, K key heads, G = N / K,
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dllm_core.backbone.joined import Joined, JoinedBlock
-from dllm_core.backbone.laid_out import real_head
+from dllm_core.backbone.passes.joined_weights import Joined, JoinedBlock
+from dllm_core.backbone.passes.protocol import real_head, require_fit
+from dllm_core.backbone.passes.rotation import Rotation, Rotations
 from dllm_core.layers.attention import is_plain
 from dllm_core.layers.compiling import many_shapes
 from dllm_core.layers.gated_parts import Parts
@@ -38,7 +39,7 @@ def decoded(
     weights: Joined,
     parts: Parts,
     input_ids_BL: Tensor,
-    rotation: tuple[Tensor, Tensor],
+    rotation: Rotation,
     *,
     row_M: Tensor | None = None,
     mask_B1LM: Tensor | None = None,
@@ -73,7 +74,7 @@ def decoded(
 
 
 def _heads(
-    weights: Joined, block: JoinedBlock, parts: Parts, normed_BLD: Tensor, rotation: tuple[Tensor, Tensor]
+    weights: Joined, block: JoinedBlock, parts: Parts, normed_BLD: Tensor, rotation: Rotation
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries [B, N, L, H], keys and values [B, K, L, H]."""
     made = [product(normed_BLD).unflatten(-1, (-1, weights.width)) for product in block.heads]
@@ -139,18 +140,17 @@ def attend(query_BNLH: Tensor, key_BKMH: Tensor, value_BKMH: Tensor, bias_B1RM: 
 
 
 class JoinedPass:
-    """The pass as it comes, every operation launched by itself; see `quick_pass.DecoderPass`. Without gradients.
+    """The pass as it comes, every operation launched by itself; see `protocol.DecoderPass`. Without gradients.
 
     Args:
-        backbone: a model that neither `quick_pass.obstacle` nor `joined.obstacle` has anything against.
+        backbone: a model that neither `choice.obstacle` nor `joined_weights.obstacle` has anything against.
         weights: its own.
         parts: implementations of the element-wise parts.
     """
 
     def __init__(self, backbone: Backbone, weights: Joined, parts: Parts) -> None:
         self.backbone, self.weights, self.parts = backbone, weights, parts
-        self.head_WD = real_head(backbone)
-        self._turns: tuple[int, tuple[Tensor, Tensor]] | None = None
+        self.head_WD, self._rotations = real_head(backbone), Rotations(backbone)
 
     @torch.no_grad()
     def __call__(
@@ -162,7 +162,7 @@ class JoinedPass:
         attention_mask_B1LM: Tensor | None = None,
         cache: SlotCache | None = None,
     ) -> Tensor:
-        """Return states; see `quick_pass.DecoderPass`."""
+        """Return states; see `protocol.DecoderPass`."""
         batch, length = input_ids_BL.shape
         require_fit(self.backbone, length, cache)
         with many_shapes() if self.parts.compiled else nullcontext():
@@ -170,31 +170,9 @@ class JoinedPass:
                 self.weights,
                 self.parts,
                 input_ids_BL,
-                self._rotation(length, position_BL, cache),
+                self._rotations.of_pass(length, position_BL, cache),
                 row_M=row_M,
                 mask_B1LM=attention_mask_B1LM,
                 keep=None if cache is None else cache.update,
             )
         return states_RD.view(batch, length, -1) if row_M is None else states_RD
-
-    def _rotation(self, length: int, position_BL: Tensor | None, cache: SlotCache | None) -> tuple[Tensor, Tensor]:
-        if position_BL is None and cache is not None:
-            position_BL = cache.window.position_BL(length, self.weights.device)
-        if position_BL is not None:
-            return self.weights.rotation(position_BL)
-        if self._turns is None or self._turns[0] != length:
-            place_1L = torch.arange(length, device=self.weights.device)[None]
-            self._turns = length, self.weights.rotation(place_1L)
-        return self._turns[1]
-
-
-def require_fit(backbone: Backbone, length: int, cache: SlotCache | None) -> None:
-    """Check that so many tokens fit the model's positions, or the cache's slots.
-
-    Raises:
-        DllmError: they do not.
-    """
-    if cache is None:
-        backbone.check_length(length)
-    else:
-        cache.require_room(length)

@@ -10,17 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from dllm_core.backbone import captured, joined, masks, quick_pass
+from dllm_core.backbone import masks
 from dllm_core.backbone.backbone import Backbone
-from dllm_core.backbone.captured import CapturedPass
+from dllm_core.backbone.passes import captured, choice, joined_weights
+from dllm_core.backbone.passes.captured import CapturedPass
 from dllm_core.backbone.slot_cache import SlotCache
 from dllm_core.layers.compiling import can_compile
 from dllm_core.samplers import loop
 from dllm_core.samplers.config import ADAPTIVE_SAMPLERS, SAMPLERS, DiffusionGenerationConfig
+from tests.decoder_models import GATED, modules
 from tests.tiny import NUM_TOKENS, tiny_backbone
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
-GATED = ("llama", "qwen2", "qwen3")
 COMPILING = ("never", "always") if can_compile(torch.device("cuda")) is None else ("never",)
 ERROR = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Relative to the modules' states; in fp32 the order of additions, else roundings of three blocks."""
@@ -36,15 +37,10 @@ def ids(*shape: int, seed: int = 0) -> Tensor:
 
 
 def passes(backbone: Backbone, compiling: str = "never") -> CapturedPass:
-    found = quick_pass.pass_for(backbone, compiling=compiling)
-    assert isinstance(found, CapturedPass), quick_pass.obstacle(backbone)
+    found = choice.pass_for(backbone, compiling=compiling)
+    assert isinstance(found, CapturedPass), choice.obstacle(backbone)
     assert found.parts.compiled == (compiling == "always")
     return found
-
-
-@torch.no_grad()
-def modules(backbone: Backbone, canvas_BL: Tensor, row_M: Tensor | None = None, **options: Any) -> Tensor:
-    return quick_pass.PlainPass(backbone)(canvas_BL, row_M=row_M, **options)
 
 
 def close(found: Tensor, expected: Tensor) -> None:
@@ -195,9 +191,9 @@ def test_streams_take_turns() -> None:
         close(found, modules(backbone, canvas))
 
 
-@pytest.mark.parametrize("largest", [0, joined.LARGEST_COPY["cuda"]])
+@pytest.mark.parametrize("largest", [0, joined_weights.LARGEST_COPY["cuda"]])
 def test_changed_weights_are_read_anew(largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(joined.LARGEST_COPY, "cuda", largest)
+    monkeypatch.setitem(joined_weights.LARGEST_COPY, "cuda", largest)
     backbone, canvas = model("qwen3"), ids(1, 24)
     optimiser = torch.optim.AdamW(backbone.parameters(), lr=0.02)
     before: Tensor | None = None

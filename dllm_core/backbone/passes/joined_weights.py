@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dllm_core.backbone.passes.quick_weights import bits
+from dllm_core.backbone.passes.rotation import Rotations
 from dllm_core.layers.packed_linear import Layout, Product, layout, products, reorders
 
 if TYPE_CHECKING:
@@ -29,14 +31,14 @@ PROBED = 256
 """So many of a copied weight's numbers tell whether it was written to behind autograd's back."""
 
 
-class Norm(NamedTuple):
+class NormWeight(NamedTuple):
     """A root-mean-square norm's weight and what is added to the mean square."""
 
     weight: Tensor
     eps: float
 
     @classmethod
-    def of(cls, module: Any) -> Norm:
+    def of(cls, module: Any) -> NormWeight:
         """Take a module's weight."""
         return cls(module.weight.detach(), float(module.variance_epsilon))
 
@@ -51,12 +53,12 @@ class JoinedBlock(NamedTuple):
         inner: gate and up: one product, or two.
     """
 
-    input_norm: Norm
+    input_norm: NormWeight
     heads: tuple[Product, ...]
     head_norms: tuple[Tensor, ...]
     head_eps: float
     out: Product
-    inner_norm: Norm
+    inner_norm: NormWeight
     inner: tuple[Product, ...]
     down: Product
 
@@ -72,24 +74,25 @@ class JoinedBlock(NamedTuple):
                 norms = (torch.cat([w.expand(n, -1) for w, n in zip(norms, counts, strict=True)]),)
         (out,), (down,) = (products([m], lay, join=False) for m in (heads.o_proj, mlp.down_proj))
         return cls(
-            Norm.of(block.input_layernorm),
+            NormWeight.of(block.input_layernorm),
             products((heads.q_proj, heads.k_proj, heads.v_proj), lay, join=join_heads),
             norms,
             float(heads.q_norm.variance_epsilon) if norms else 0.0,
             out,
-            Norm.of(block.post_attention_layernorm),
+            NormWeight.of(block.post_attention_layernorm),
             products((mlp.gate_proj, mlp.up_proj), lay, join=join_inner),
             down,
         )
 
 
 class Joined:
-    """A decoder's weights as `joined_pass` reads them. What is not copied is the model's own storage.
+    """A decoder's weights as `joined` reads them. What is not copied is the model's own storage.
 
     Args:
         backbone: a model that `obstacle` has nothing against.
 
     Attributes:
+        rotations: of its heads.
         width: H.
         groups: query heads that share a key head.
         scale: of attention scores.
@@ -112,9 +115,9 @@ class Joined:
             JoinedBlock.of(block, lay, join_heads=join, join_inner=join and not packs)
             for block in backbone.layers
         ]
-        self.final_norm = Norm.of(getattr(backbone.decoder, backbone.family.norm))
+        self.final_norm = NormWeight.of(getattr(backbone.decoder, backbone.family.norm))
         self.embedding: Any = backbone.model.get_input_embeddings()
-        self.rotary: Any = backbone.decoder.rotary_emb
+        self.rotations = Rotations(backbone)
         self.width, self.scale = int(heads.head_dim), float(heads.scaling)
         self.num_heads = heads.q_proj.out_features // self.width
         self.num_key_heads = heads.k_proj.out_features // self.width
@@ -140,14 +143,7 @@ class Joined:
     @torch.no_grad()
     def _probe_now(self) -> Tensor:
         probe = torch.cat(self._probed) if self._probed else torch.empty(0, dtype=self.dtype)
-        return probe.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[probe.element_size()])
-
-    def rotation(self, position_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the tables that `gated_parts.turned_eager` takes, [B or 1, L, 1, H] each."""
-        like = self.blocks[0].input_norm.weight
-        cos_BLH, sin_BLH = self.rotary(like, position_BL)
-        first, second = sin_BLH.chunk(2, dim=-1)
-        return cos_BLH[:, :, None], torch.cat((-first, second), dim=-1)[:, :, None]
+        return bits(probe)
 
 
 def _copied(backbone: Backbone, *, everything: bool) -> Iterator[Tensor]:
@@ -173,7 +169,7 @@ def _room(device: torch.device) -> int:
 def obstacle(backbone: Backbone) -> str | None:
     """Return why joined weights would not give what the modules give, None where they do.
 
-    What holds for every pass that leaves the modules out is asked by `quick_pass.obstacle`.
+    What holds for every pass that leaves the modules out is asked by `choice.obstacle`.
     """
     kinds = {(parameter.dtype, parameter.device) for parameter in backbone.decoder.parameters()}
     if len(kinds) > 1:

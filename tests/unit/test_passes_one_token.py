@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from dllm_core.backbone import masks, quick_pass
+from dllm_core.backbone import attention, masks
+from dllm_core.backbone.passes.joined import JoinedPass
+from dllm_core.backbone.passes.joined_weights import Joined
+from dllm_core.backbone.passes.plain import PlainPass
+from dllm_core.backbone.passes.quick import QuickPass
 from dllm_core.backbone.slot_cache import SlotCache
+from dllm_core.layers import gated_parts
+from tests.decoder_models import GATED, close
 from tests.tiny import NUM_TOKENS, tiny_backbone
-
-GATED = ("llama", "qwen2", "qwen3")
-
-
-def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -26,7 +26,7 @@ def test_single_tokens_behind_a_prompt_give_the_states_of_the_whole(kind: str, b
     canvas = torch.randint(NUM_TOKENS, (batch, 14), generator=torch.Generator().manual_seed(batch))
     with torch.no_grad():
         expected = backbone.hidden(canvas, causal=True)
-    run, cache = quick_pass.QuickPass(backbone), SlotCache(backbone.num_layers, 14)
+    run, cache = QuickPass(backbone), SlotCache(backbone.num_layers, 14)
     prompt = run(canvas[:, :9], attention_mask_B1LM=masks.causal_mask(9, canvas.device), cache=cache.at(0))
     close(prompt, expected[:, :9])
     for at in range(9, 14):
@@ -48,9 +48,7 @@ def test_a_single_token_sees_what_its_row_may_see() -> None:
         expected = backbone.hidden(
             canvas[:, 9:], causal=False, position_BL=place, attention_mask_B1LM=seen, cache=caches[0].at(9)
         )
-    found = quick_pass.QuickPass(backbone)(
-        canvas[:, 9:], position_BL=place, attention_mask_B1LM=seen, cache=caches[1].at(9)
-    )
+    found = QuickPass(backbone)(canvas[:, 9:], position_BL=place, attention_mask_B1LM=seen, cache=caches[1].at(9))
     close(found, expected)
 
 
@@ -61,8 +59,22 @@ def test_no_keys_are_copied_for_a_single_token(dtype: torch.dtype, monkeypatch: 
 
     backbone = tiny_backbone("llama").to(dtype)
     cache = SlotCache(backbone.num_layers, 8)
-    run = quick_pass.QuickPass(backbone)
+    run = QuickPass(backbone)
     run(torch.arange(7)[None], cache=cache.at(0))
-    monkeypatch.setattr(quick_pass.attention, "sdpa_attention_forward", refused)
+    monkeypatch.setattr(attention, "sdpa_attention_forward", refused)
     states = run(torch.tensor([[7]]), position_BL=torch.tensor([[7]]), cache=cache.at(7))
     assert states.isfinite().all()
+
+
+@pytest.mark.parametrize("slots", [5, torch.tensor([5, 7, 6]), torch.tensor([[5, 6, 7], [7, 5, 6]])])
+def test_positions_are_the_slots_where_none_are_given(slots: int | Tensor) -> None:
+    backbone = tiny_backbone("llama")
+    canvas = torch.randint(NUM_TOKENS, (2, 8), generator=torch.Generator().manual_seed(3))
+    states = []
+    for run in (PlainPass(backbone), QuickPass(backbone), JoinedPass(backbone, Joined(backbone), gated_parts.eager())):
+        cache = SlotCache(backbone.num_layers, 8)
+        with torch.no_grad():
+            run(canvas[:, :5], cache=cache.at(0))
+            states.append(run(canvas[:, 5:], cache=cache.at(slots)))
+    close(states[1], states[0])
+    close(states[2], states[0])

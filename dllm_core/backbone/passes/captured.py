@@ -19,7 +19,6 @@ B batch, L tokens run (a graph's own), M rows asked for (of a mask: keys), C slo
 from __future__ import annotations
 
 import threading
-import weakref
 from collections import OrderedDict
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
@@ -27,15 +26,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dllm_core.backbone.joined import Joined
-from dllm_core.backbone.joined_pass import JoinedPass, decoded, require_fit
-from dllm_core.backbone.recording import Recording, Shape, Store, slot_layers
-from dllm_core.errors import DllmError
+from dllm_core.backbone.passes.joined import JoinedPass
+from dllm_core.backbone.passes.joined_weights import Joined
+from dllm_core.backbone.passes.protocol import require_fit
+from dllm_core.backbone.passes.recording import Recording, Shape, Store, slot_layers
 from dllm_core.kernels import dispatch
-from dllm_core.layers import gated_parts
-from dllm_core.layers.compiling import SPENT, can_compile, complaint, metered
+from dllm_core.layers.compiling import complaint, metered
 from dllm_core.layers.gated_parts import Parts
-from dllm_core.layers.graphs import CudaRecorder, Recorder
+from dllm_core.layers.graphs import Recorder
 
 if TYPE_CHECKING:
     from dllm_core.backbone.backbone import Backbone
@@ -47,14 +45,8 @@ KEPT_STORES = 2
 """Likewise for keys and values. Of Qwen3-1.7B in bf16 a slot is 0.11 MB: 176 MB for 1,536."""
 MOST_TOKENS = 2**13
 """Tokens of a pass beyond which the device is busy for longer than launches take, and graphs only hold memory."""
-PASSES_BEFORE_COMPILING = 2**15
-"""After so many passes compiling would have paid had it come first: seconds over tenths of a millisecond a pass. Both
-are estimates, not measured on a GPU; what is bought too late has cost at most twice what it had to."""
-COMPILE_BUDGET_S = 120.0
-"""Seconds of compiling in this process after which nothing more is compiled that was not asked for."""
 FEWEST_ROWS = 16
 LENGTH_STEP, SLOT_STEP = 32, 64
-TRIAL_TOKENS = 32
 
 
 class Captures:
@@ -120,7 +112,7 @@ class Captures:
 
 
 class CapturedPass:
-    """The pass of a decoder that neither `quick_pass.obstacle` nor `joined.obstacle` has anything against.
+    """The pass of a decoder that neither `choice.obstacle` nor `joined_weights.obstacle` has anything against.
 
     Args:
         backbone: the model.
@@ -142,7 +134,7 @@ class CapturedPass:
         attention_mask_B1LM: Tensor | None = None,
         cache: SlotCache | None = None,
     ) -> Tensor:
-        """Return states of the caller's own; see `quick_pass.DecoderPass`."""
+        """Return states of the caller's own; see `protocol.DecoderPass`."""
         batch, length = input_ids_BL.shape
         require_fit(self.backbone, length, cache)
         captures = self.captures
@@ -190,76 +182,3 @@ class CapturedPass:
 def rounded(number: int, step: int) -> int:
     """Return the next multiple of a step."""
     return -(-number // step) * step
-
-
-# -- which pass -------------------------------------------------------------------------------------------------------
-
-_kept: weakref.WeakKeyDictionary[Backbone, Captures] = weakref.WeakKeyDictionary()
-
-
-def captures_of(backbone: Backbone) -> Captures:
-    """Return a backbone's graphs; none at first, and none again once its weights have changed or been replaced."""
-    kept = _kept.get(backbone)
-    if kept is None or not kept.weights.is_current(backbone):
-        kept = None
-        _kept.pop(backbone, None)  # before the next copies are made
-        recorder = CudaRecorder(backbone.device) if backbone.device.type == "cuda" else None
-        _kept[backbone] = kept = Captures(Joined(backbone), recorder)
-    return kept
-
-
-def joined_pass_for(backbone: Backbone, compiling: str) -> JoinedPass | CapturedPass:
-    """Return a pass over joined weights: through graphs on a GPU.
-
-    Args:
-        backbone: a model that neither `quick_pass.obstacle` nor `joined.obstacle` has anything against.
-        compiling: `always`, `never`, or `auto`: on a GPU, once the model has made enough passes for it to pay.
-
-    Raises:
-        DllmError: `always`, and there is no compiler.
-    """
-    captures = captures_of(backbone)
-    parts = parts_for(captures, compiling)
-    made = "compiled" if parts.compiled else "eager"
-    kind = backbone.device.type
-    name = "joined" if captures.recorder is None else "captured"
-    dispatch.announce("decoder pass", name, f"{backbone.config.model_type} on {kind}, {made} parts")
-    if captures.recorder is None:
-        return JoinedPass(backbone, captures.weights, parts)
-    return CapturedPass(backbone, captures, parts)
-
-
-def parts_for(captures: Captures, compiling: str) -> Parts:
-    """Return the element-wise parts that a model's next decode is made with, tried out where they are compiled.
-
-    Raises:
-        DllmError: `compiling` is `always`, and there is no compiler.
-    """
-    device = captures.weights.device
-    is_asked = compiling == "always"
-    pays = device.type == "cuda" and captures.passes >= PASSES_BEFORE_COMPILING and SPENT.seconds < COMPILE_BUDGET_S
-    if not is_asked and not (compiling == "auto" and (pays or captures.compiles)):
-        return gated_parts.eager()
-    reason = can_compile(device)
-    if reason is not None and is_asked:
-        raise DllmError(f"compile='always', but nothing can be compiled: {reason}.", "Give compile='auto' or 'never'.")
-    if reason is None and SPENT.fault is None and not captures.compiles:
-        try:
-            with metered(), torch.inference_mode(torch.is_inference_mode_enabled() and device.type == "cpu"):
-                _try_out(captures.weights, gated_parts.compiled())
-            captures.compiles = True
-        except RuntimeError as error:  # a compiler that is there and does not work has many ways to say so
-            SPENT.fault = complaint(error)
-    reason = reason or SPENT.fault
-    if reason is not None:
-        dispatch.announce("decoder parts", "eager", reason)
-        return gated_parts.eager()
-    return gated_parts.compiled()
-
-
-@torch.no_grad()
-def _try_out(weights: Joined, parts: Parts) -> None:
-    """Make a short pass, so that what is compiled is compiled before a decode."""
-    place_L = torch.arange(TRIAL_TOKENS, device=weights.device)
-    rotation = weights.rotation(place_L[None])
-    decoded(weights, parts, torch.zeros_like(place_L)[None], rotation, row_M=place_L[: TRIAL_TOKENS // 2])
