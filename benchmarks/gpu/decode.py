@@ -102,11 +102,7 @@ def run(context: Context) -> dict[str, Any]:
     """Measure the rows with targets, then the sweep against the roofline."""
     logging.disable_progress_bar()
     whole = {"weights": WEIGHTS_NOTE, "roofline": f"{ceilings.DEFINITION} {decode_demand.DEFINITION}"}
-    limits = context.row(
-        "ceilings",
-        lambda: ceilings.measure(context.device, torch.bfloat16, quick=context.smoke),
-        settings={"dtype": "bf16"},
-    )
+    limits = context.ceilings("bf16")
     if limits is None:
         return whole
     bench = Bench(context, limits)

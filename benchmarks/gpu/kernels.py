@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import _report, ceilings
+from benchmarks import _report
 from benchmarks import kernels as timing
 from benchmarks.gpu import kernel_errors, targets
 from benchmarks.gpu.parts import Context, Measured
@@ -45,7 +45,7 @@ def points(smoke: bool) -> list[Point]:
 def run(context: Context) -> dict[str, Any]:
     """Compare, then time what fits."""
     context.row(targets.ERRORS, lambda: errors(context))
-    limits = {dtype: _ceilings(context, dtype) for dtype in ("bf16", "fp32")}
+    limits = {dtype: context.ceilings(dtype) for dtype in ("bf16", "fp32")}
     args = _arguments(context)
     clock = timing.Clock(context.device)
     for dtype in ("bf16", "fp32"):
@@ -94,14 +94,6 @@ def errors(context: Context) -> Measured:
         "latent_parts": parts,
         "detail": found,
     }
-
-
-def _ceilings(context: Context, dtype: str) -> dict[str, float] | None:
-    return context.row(
-        f"ceilings, {dtype}",
-        lambda: ceilings.measure(context.device, timing.DTYPES[dtype], quick=context.smoke),
-        settings={"dtype": dtype},
-    )
 
 
 def _arguments(context: Context) -> argparse.Namespace:

@@ -70,11 +70,7 @@ class Loaded:
 def run(context: Context) -> dict[str, Any]:
     """Measure every point that fits, those with targets first."""
     args = _arguments(context)
-    found = context.row(
-        "ceilings",
-        lambda: ceilings.measure(context.device, torch.bfloat16, quick=context.smoke),
-        settings={"dtype": "bf16"},
-    )
+    found = context.ceilings("bf16")
     whole = {"weights": ldlm_inference.WEIGHTS_NOTE, "roofline": ceilings.DEFINITION, "prompt_tokens": PROMPT}
     if found is None:
         return whole

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import torch
 
-from benchmarks import _report
+from benchmarks import _report, ceilings
 
 OUT_OF_TIME = f"{_report.NOT_MEASURED}: out of time"
 OUT_OF_MEMORY = f"{_report.NOT_MEASURED}: out of memory"
@@ -120,6 +120,15 @@ class Context:
         self.rows.keep(name, settings or {}, measured, time.monotonic() - started)
         _tell(f"{self.name}: {name}: measured in {time.monotonic() - started:.1f} s")
         return measured
+
+    def ceilings(self, dtype: str) -> Measured | None:
+        """Return what the device can do at best with `bf16` or `fp32`, a row of its own; see `benchmarks.ceilings`."""
+        kind = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+        return self.row(
+            f"ceilings, {dtype}",
+            lambda: ceilings.measure(self.device, kind, quick=self.smoke),
+            settings={"dtype": dtype},
+        )
 
 
 def _tell(line: str) -> None:

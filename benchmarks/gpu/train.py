@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import ceilings, loss_memory, train
+from benchmarks import loss_memory, train
 from benchmarks.gpu import targets
 from benchmarks.gpu.parts import Context, Measured
 from benchmarks.gpu.profiling import profile_a_miss
@@ -82,11 +82,7 @@ def vendor_rate(gpu: str | None) -> float | None:
 def run(context: Context) -> dict[str, Any]:
     """Measure MFU, alignment and memory."""
     whole = {"weights": WEIGHTS_NOTE, "mfu": DEFINITION}
-    limits = context.row(
-        "ceilings",
-        lambda: ceilings.measure(context.device, torch.bfloat16, quick=context.smoke),
-        settings={"dtype": "bf16"},
-    )
+    limits = context.ceilings("bf16")
     if limits is None:
         return whole
     shape = "tiny" if context.smoke else "qwen3_1_7b"
