@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -129,3 +130,18 @@ def test_no_machine_path_is_committed(pattern: str) -> None:
     ]
     found = [str(p.relative_to(ROOT)) for p in files if re.search(pattern, p.read_text(errors="ignore"))]
     assert not found, found
+
+
+def test_every_room_and_package_is_named_in_the_import_contracts() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    named = {
+        contract["name"]: set(contract.get("modules") or contract.get("source_modules", [])) for contract in contracts
+    }
+    rooms = {f"dllm_core.methods.{path.parent.name}" for path in (ROOT / "dllm_core/methods").glob("*/method.py")}
+    assert named["rooms stand on what is beside them, not on each other"] == rooms
+    parts = {
+        f"dllm_core.{path.stem}"
+        for path in (ROOT / "dllm_core").iterdir()
+        if path.suffix in ("", ".py") and path.stem[0] not in "_."
+    }
+    assert named["nothing in the library knows its command line"] == parts - {"dllm_core.cli"}
