@@ -217,5 +217,7 @@ class TokenSpaceMethod(SingleNetworkMethod):
             )
 
 
-def _moved(rows: Tensor | Sequence[Tensor], device: torch.device) -> Tensor | list[Tensor]:
-    return rows.to(device) if isinstance(rows, Tensor) else [row.to(device) for row in rows]
+def _moved(rows: Tensor | Sequence[Tensor], device: torch.device) -> Tensor | Sequence[Tensor]:
+    if not isinstance(rows, list | tuple):
+        return rows.to(device) if isinstance(rows, Tensor) else rows  # what is no batch is refused where it is read
+    return [row.to(device) if isinstance(row, Tensor) else row for row in rows]

@@ -39,7 +39,7 @@ class Canvas:
             max_new_tokens: places to fill after each prompt.
 
         Raises:
-            DllmError: no prompt, or one that is not 1-D.
+            DllmError: no prompt, or one that is no 1-D tensor of integers.
         """
         _check_rows(prompts)
         rows = [torch.cat((p, p.new_zeros(max_new_tokens))) for p in prompts]
@@ -55,9 +55,11 @@ class Canvas:
             infill_mask: bool, the same shapes.
 
         Raises:
-            DllmError: no row, one that is not 1-D, or shapes that differ.
+            DllmError: no row, one that is no 1-D tensor of integers, or shapes that differ.
         """
         _check_rows(rows)
+        if not isinstance(infill_mask, Tensor) and not all(isinstance(m, Tensor) for m in infill_mask):
+            raise DllmError("The infill mask is no tensor.", "Give bool [batch, length], or one 1-D tensor per row.")
         shapes = [tuple(r.shape) for r in rows], [tuple(m.shape) for m in infill_mask]
         if shapes[0] != shapes[1]:
             raise DllmError(
@@ -131,10 +133,19 @@ class Canvas:
 
 
 def _check_rows(rows: Tensor | Sequence[Tensor]) -> None:
+    if not (isinstance(rows, Tensor) and rows.dim() > 0) and not isinstance(rows, list | tuple):
+        raise DllmError(
+            f"{type(rows).__name__} is no batch of token ids.",
+            "Give int64 [batch, length], such as tokenizer(text, return_tensors='pt').input_ids, or 1-D rows.",
+        )
     if len(rows) == 0:
         raise DllmError("There is no row to decode.", "Give at least one sequence of token ids.")
     for i, row in enumerate(rows):
+        if not isinstance(row, Tensor):
+            raise DllmError(f"Row {i} is a {type(row).__name__}, not a tensor.", "Give it as torch.tensor(row).")
         if row.dim() != 1:
             raise DllmError(
                 f"Row {i} has shape {tuple(row.shape)}, not one dimension.", "Give int64 [batch, length] or 1-D rows."
             )
+        if row.is_floating_point() or row.is_complex() or row.dtype == torch.bool:
+            raise DllmError(f"Row {i} holds {row.dtype}, not token ids.", "Give integers, best int64.")

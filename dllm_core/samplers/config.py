@@ -20,7 +20,7 @@ from dllm_core.samplers.checks import (
     require_flag,
     require_positive,
 )
-from dllm_core.samplers.pipeline_settings import MultiBlockConfig
+from dllm_core.samplers.pipeline_settings import MultiBlockConfig, multi_block_config
 from dllm_core.samplers.rule_settings import (
     SAMPLERS,
     ConfidenceSamplerConfig,
@@ -145,8 +145,7 @@ class DiffusionGenerationConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "sampler_config", sampler_config(self.sampler_config))
         object.__setattr__(self, "cache", cache_config(self.cache))
-        if isinstance(self.multi_block, dict):
-            object.__setattr__(self, "multi_block", MultiBlockConfig(**self.multi_block))
+        object.__setattr__(self, "multi_block", multi_block_config(self.multi_block))
         if isinstance(self.eos_token_id, list):
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
         self.validate()

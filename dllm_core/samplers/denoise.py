@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 GROUP = 64  # tokens per group in the two-level inverse of the cumulative distribution
 CHUNK_ROWS = 32
+COLDEST, HOTTEST = 1e-30, 1e30
+"""Temperatures beyond these are taken as these: fp32 would divide by 0 or by infinity, and blocked ids become NaN."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,9 @@ def draw_tokens(
     if config.is_greedy:
         return logits_MV.argmax(-1)
     assert uniform_M is not None
-    temperature = config.temperature if temperature_M is None else temperature_M[:, None]
+    temperature: float | Tensor = min(max(config.temperature, COLDEST), HOTTEST)
+    if temperature_M is not None:
+        temperature = temperature_M[:, None].clamp(COLDEST, HOTTEST)
     if config.top_k is None and config.top_p is None:
         scaled_MV = (logits_MV - logits_MV.amax(-1, keepdim=True)) / temperature
         return invert_cdf(scaled_MV.exp(), uniform_M)

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from dllm_core.corruption.noise import NoiseSource
+from dllm_core.errors import DllmError
 from dllm_core.methods.protocol import GenerationOutput
 from dllm_core.samplers.acceptance import AdaptiveRule, Draft, acceptance_rule
 from dllm_core.samplers.blocks import Plan, StepPlan, block_tables, split_blocks
 from dllm_core.samplers.canvas import Canvas
+from dllm_core.samplers.config import DiffusionGenerationConfig
 from dllm_core.samplers.denoise import propose
 from dllm_core.samplers.denoisers import (
     Denoiser,
@@ -36,7 +38,6 @@ from dllm_core.samplers.verify import Verifier
 
 if TYPE_CHECKING:
     from dllm_core.backbone.backbone import Backbone
-    from dllm_core.samplers.config import DiffusionGenerationConfig
 
 
 Rows = Tensor | Sequence[Tensor]
@@ -71,8 +72,14 @@ def generate(
         depend on the batch it is in (up to rounding of near-ties).
 
     Raises:
-        DllmError: rows that cannot be decoded, fewer steps than blocks, a span longer than the model's context.
+        DllmError: rows that cannot be decoded, settings of another kind, fewer steps than blocks, a span longer than
+            the model's context.
     """
+    if not isinstance(config, DiffusionGenerationConfig):
+        raise DllmError(
+            f"A {type(config).__name__} does not say how to denoise.",
+            "Give a DiffusionGenerationConfig; DiffusionGenerationConfig.from_dict makes one of a dict.",
+        )
     if infill_mask is None:
         canvas = Canvas.from_prompts(input_ids, config.max_new_tokens)
     else:
@@ -185,7 +192,10 @@ class Decoding:
 
     def _start_noise(self, to_fill_BC: Tensor, sample_ids: tuple[int, ...]) -> None:
         self.noise, self.sample_ids = NoiseSource(self.config.seed), sample_ids
-        assert len(sample_ids) == len(self.lengths), "one sample id per row"
+        if len(sample_ids) != len(self.lengths):
+            raise DllmError(
+                f"{len(sample_ids)} sample ids do not name {len(self.lengths)} rows.", "Give one sample id per row."
+            )
         self.rank_BC = (to_fill_BC.cumsum(-1) - 1).clamp(min=0)
         self.priority_BC = self._uniform("order").float() if "priority" in self.rule.needs else None
 

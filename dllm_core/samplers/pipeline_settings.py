@@ -40,3 +40,19 @@ class MultiBlockConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able dict."""
         return asdict(self)
+
+
+def multi_block_config(value: MultiBlockConfig | dict[str, Any] | None) -> MultiBlockConfig | None:
+    """Return the pipeline's settings from an object or a dict; None is no pipeline.
+
+    Raises:
+        DllmError: something else, or an unknown setting.
+    """
+    if value is None or isinstance(value, MultiBlockConfig):
+        return value
+    if isinstance(value, dict):
+        return MultiBlockConfig(**value)
+    raise DllmError(
+        f"multi_block={value!r} is no pipeline.",
+        "Give a MultiBlockConfig or a dict of its settings; {} has the defaults.",
+    )

@@ -171,6 +171,6 @@ def sampler_config(value: SamplerConfig | str | dict[str, Any]) -> SamplerConfig
         return value
     parameters = dict(value) if isinstance(value, dict) else {"name": value}
     name = parameters.pop("name", None)
-    if name not in SAMPLERS:
+    if not isinstance(name, str) or name not in SAMPLERS:
         raise DllmError(f"Unknown sampler {name!r}.", did_you_mean(str(name), SAMPLERS))
     return SAMPLERS[name](**parameters)

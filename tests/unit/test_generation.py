@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from torch import Tensor
 from dllm_core.backbone.backbone import Backbone
 from dllm_core.errors import DllmError
 from dllm_core.methods.protocol import GenerationOutput
+from dllm_core.methods.random_mask.method import Method
+from dllm_core.methods.random_mask.options import Options
 from dllm_core.samplers.config import ADAPTIVE_SAMPLERS, SAMPLERS
 from dllm_core.samplers.loop import generate
 from tests.generation_tools import Recorder, easy, prompts, settings_of
@@ -296,6 +299,13 @@ def test_first_token_comes_before_the_end(backbone: Backbone) -> None:
     [
         ([], {}, None, "no row to decode"),
         ([torch.ones(1, 4, dtype=torch.long)], {}, None, "Row 0 has shape (1, 4)"),
+        ("My fellow citizens", {}, None, "str is no batch of token ids"),
+        ({"input_ids": torch.ones(1, 4).long()}, {}, None, "dict is no batch of token ids"),
+        (None, {}, None, "NoneType is no batch"),
+        (torch.tensor(4), {}, None, "Tensor is no batch"),
+        ([[1, 2, 3]], {}, None, "Row 0 is a list"),
+        (torch.ones(1, 4), {}, None, "Row 0 holds torch.float32"),
+        ([torch.ones(4).long()], {}, [[False, True, True, False]], "infill mask is no tensor"),
         ([torch.tensor([], dtype=torch.long)], {}, None, "no token at position 0"),
         ([torch.tensor([1, 500])], {}, None, "id 500 lies outside"),
         ([torch.tensor([1, -1])], {}, None, "id -1 lies outside"),
@@ -307,13 +317,23 @@ def test_first_token_comes_before_the_end(backbone: Backbone) -> None:
     ],
 )
 def test_what_cannot_be_decoded_is_refused(
-    backbone: Backbone, rows: list[Tensor], options: dict[str, Any], infill: list[Tensor] | None, problem: str
+    backbone: Backbone, rows: Any, options: dict[str, Any], infill: Any, problem: str
 ) -> None:
-    with pytest.raises(DllmError) as caught:
-        generate(backbone, rows, settings(**options), infill_mask=infill)
-    first, second = str(caught.value).split("\n")
-    assert problem in first
-    assert second
+    cell = Method(backbone, Options())
+    for decode in (partial(generate, backbone), cell.generate):
+        with pytest.raises(DllmError) as caught:
+            decode(rows, settings(**options), infill_mask=infill)
+        first, second = str(caught.value).split("\n")
+        assert problem in first
+        assert second
+
+
+def test_settings_of_another_kind_and_ids_that_do_not_count_are_refused(backbone: Backbone) -> None:
+    cell = Method(backbone, Options())
+    with pytest.raises(DllmError, match="A dict does not say how to denoise"):
+        cell.generate(prompts(3), {"max_new_tokens": 4})  # type: ignore[arg-type]
+    with pytest.raises(DllmError, match="1 sample ids do not name 2 rows"):
+        cell.generate(prompts(3, 4), settings(), sample_ids=[7])
 
 
 def test_a_streamer_takes_one_row(backbone: Backbone) -> None:

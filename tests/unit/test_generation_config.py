@@ -99,6 +99,10 @@ def test_rules_can_be_named_in_three_ways() -> None:
         ({"multi_block": {"block_ad_threshold": 1}}, "multi_block setting 'block_ad_threshold'", "block_add_threshold"),
         ({"multi_block": {"decoded_token_threshold": 0}}, "decoded_token_threshold=0", "(0, 1]"),
         ({"multi_block": {}}, "'confidence' accepts fixed counts", "threshold"),
+        ({"sampler_config": "threshold", "multi_block": True}, "multi_block=True is no pipeline", "MultiBlockConfig"),
+        ({"sampler_config": "factor", "multi_block": (0.1, 0.9)}, "multi_block=(0.1, 0.9) is no", "MultiBlockConfig"),
+        ({"sampler_config": ["threshold"]}, "Unknown sampler ['threshold']", "Known"),
+        ({"sampler_config": {"name": {}}}, "Unknown sampler {}", "Known"),
         ({"measure_drift": 1}, "measure_drift=1 is neither", "truth"),
     ],
 )

@@ -145,6 +145,26 @@ def test_draws_follow_the_distribution_and_never_leave_the_real_tokens(options: 
     assert ((torch.bincount(token, minlength=97) - expected).abs() <= 1.01).all()
 
 
+@pytest.mark.parametrize("options", [{}, {"top_k": 97}, {"top_p": 1.0}])
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_temperatures_that_fp32_cannot_hold(options: dict[str, float], scheduled: bool) -> None:
+    """The coldest draws the most probable token, the hottest every real one equally often."""
+    count = 97 * 40
+    logits = torch.randn(1, 130)
+    logits[:, 97:] = 30.0
+    uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    for temperature in (1e-46, 1e-300, 1e39, 1e300):
+        config = DiffusionGenerationConfig(temperature=temperature, **options)  # type: ignore[arg-type]
+        of_rows = torch.tensor([temperature]).expand(count) if scheduled else None
+        token = propose(
+            head(), logits.expand(count, 130), config, frozenset(), uniform_M=uniform, temperature_M=of_rows
+        ).token_M
+        if temperature < 1:
+            assert token.unique().tolist() == [int(logits[0, :97].argmax())]
+        else:
+            assert ((torch.bincount(token, minlength=97) - 40).abs() <= 1).all()
+
+
 def test_inverse_of_the_cumulative_at_its_ends() -> None:
     """Rounding must not select an index of weight 0, at 0 or just below 1, in any group."""
     weight = torch.zeros(1, 300)
