@@ -84,6 +84,13 @@ SETTINGS = (
         flag="--block", field="block_size", kinds=_MASKS, type=int, help="tokens per block, left to right (one block)"
     ),
     Setting(
+        flag="--multi-block",
+        field="multi_block",
+        kinds=_MASKS,
+        type=float,
+        help="begin a block once this share of the one before stands; with --block, and a rule that goes by scores",
+    ),
+    Setting(
         flag="--cache",
         field="cache",
         kinds=_MASKS,
@@ -103,6 +110,13 @@ SETTINGS = (
         kinds=_MASKS,
         type=None,
         help="run the reference decoder beside and compare every pass",
+    ),
+    Setting(
+        flag="--drift",
+        field="measure_drift",
+        kinds=_MASKS,
+        type=None,
+        help="make a full pass beside every one with an approximate cache, and tell how far they are apart",
     ),
 )
 """All flags that say how text is generated."""
@@ -168,6 +182,7 @@ def in_flags(error: DllmError) -> DllmError:
     """Return an error of the library in the words of the command line: `--steps` for `max_denoising_steps`."""
     words = {s.field: s.flag for s in SETTINGS if s.field != "sampler_config"}
     words |= {name: f"--{name.replace('_', '-')}" for name in _RULES_WITH_A_NUMBER}
+    words["block_add_threshold"] = words["multi_block"]
     # names that are words of their own, or of a rule too, are meant only where a value follows
     plain = [name for name in words if "_" not in name or name in _RULES_WITH_A_NUMBER]
     unmistakable = [name for name in words if name not in plain]
@@ -190,6 +205,8 @@ def _fields(cell: Cell, values: dict[str, Any]) -> dict[str, Any]:
     fields = {s.field: values[s.name] for s in SETTINGS if s.name in values and s.field != "sampler_config"}
     if "keep_going" in values:
         fields["stop_at_eos"] = False
+    if "multi_block" in values:
+        fields["multi_block"] = {"block_add_threshold": values["multi_block"]}
     if cell.kind == "unmasking":
         fields["sampler_config"] = _rule(values)
         if cell.capabilities.exact_cache:

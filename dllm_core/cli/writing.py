@@ -133,6 +133,7 @@ def _spans(pieces: Sequence[str]) -> list[Span]:
 
 def _tell(held: Loaded, done: Decode, request: Request, machine: Machine) -> None:
     from dllm_core.cli.loading import facts
+    from dllm_core.kernels.dispatch import announced
 
     terminal = Terminal()
     if terminal.is_live:
@@ -140,3 +141,10 @@ def _tell(held: Loaded, done: Decode, request: Request, machine: Machine) -> Non
     terminal.note(f"{held.cell.name}: {', '.join(facts(done, request.config.seed))}")
     checked = " The reference decoder agreed at every pass." if request.config.verify else ""
     terminal.note(f"{machine}; one decode, no benchmark.{checked}")
+    if drift := done.output.drift:
+        terminal.note(
+            f"Drift of the cache: {drift.changed_tokens} of {drift.num_tokens} drafts changed, largest difference of a "
+            f"logit {drift.max_logit_difference:.2g}."
+        )
+    if ran := announced():
+        terminal.note("; ".join(ran))

@@ -19,6 +19,7 @@ OLDEST_GPU = (8, 0)
 """Compute capability from which bf16 products run on the matrix units."""
 
 _log = logging.getLogger(__name__)
+_told: dict[str, None] = {}
 
 
 def choose(operation: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
@@ -74,6 +75,15 @@ def wish() -> str:
 def announce(operation: str, name: str, reason: str) -> None:
     """Log once which implementation of an operation runs, and why."""
     _log.info("%s runs its %s implementation (%s)", operation, name, reason)
+    _told[f"{operation}: {name} ({reason})"] = None
+
+
+def announced() -> tuple[str, ...]:
+    """Return what this process has run so far, `operation: name (reason)` in the order of first use.
+
+    For programs to print; the library itself only logs it.
+    """
+    return tuple(_told)
 
 
 def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -268,6 +268,12 @@ SETTINGS = {
     "--top-p 0.5": {"top_p": 0.5},
     "--stability 1 --temperature 0": {"stability_threshold": 1, "temperature": 0.0},
     "--verify": {"verify": True},
+    "--block 4 --multi-block 0.3 --threshold 0.05": {
+        "block_size": 4,
+        "multi_block": {"block_add_threshold": 0.3},
+        "sampler_config": {"name": "threshold", "threshold": 0.05},
+    },
+    "--block 4 --cache delayed --drift": {"block_size": 4, "cache": "delayed", "measure_drift": True},
 }
 
 
@@ -279,6 +285,10 @@ def test_flags_are_the_librarys_settings(flags: str, runs: Path, capsys: pytest.
     assert out == text + "\n"
     assert f" {output.num_forwards} passes (NFE)" in notes
     assert ("The reference decoder agreed" in notes) == (flags == "--verify")
+    assert "decoder pass: quick (llama on a CPU)" in notes
+    assert ("Drift of the cache: " in notes) == ("--drift" in flags)
+    if drift := output.drift:
+        assert f"{drift.changed_tokens} of {drift.num_tokens} drafts changed" in notes
 
 
 @pytest.mark.parametrize("row", ["ldlm", "cola"])

@@ -82,6 +82,7 @@ def test_choices_name_every_operation_and_are_logged_once(caplog: pytest.LogCapt
             found = dispatch.choices(CPU, torch.float32)
     assert found == dict.fromkeys(("masked_ce", "token_stats"), "reference (DLLM_KERNELS=auto: the tensors are on cpu)")
     assert len(caplog.messages) == 2
+    assert {f"{operation}: {told}" for operation, told in found.items()} <= set(dispatch.announced())
     packages = {p.parent.name for p in (ROOT / "dllm_core" / "kernels").glob("*/triton.py")}
     assert packages == set(dispatch.OPERATIONS)
 
