@@ -24,7 +24,7 @@ USAGE = "\n".join(
         "python -m dllm_core COMMAND --help says more.",
     ]
 )
-_NOT_FOR_INFILLING = {"new_tokens"}
+_NOT_FOR = {"infill": {"new_tokens"}, "compare": {"drift"}}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -72,7 +72,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group("how text is generated")
     for setting in SETTINGS:
-        if command == "infill" and setting.name in _NOT_FOR_INFILLING:
+        if setting.name in _NOT_FOR.get(command, ()):
             continue
         if setting.type is None:
             group.add_argument(setting.flag, action="store_true", help=setting.help)

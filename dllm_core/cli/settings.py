@@ -9,6 +9,7 @@ from typing import Any
 
 from dllm_core.cli.cells import Cell, Kind
 from dllm_core.errors import DllmError
+from dllm_core.samplers.checks import require_positive
 from dllm_core.samplers.config import DiffusionGenerationConfig
 
 _ALL: frozenset[Kind] = frozenset({"ar", "unmasking", "latent"})
@@ -76,6 +77,14 @@ SETTINGS = (
         kinds=_MASKS,
         type=float,
         help="of the rule threshold, which it implies",
+    ),
+    Setting(
+        flag="--orders",
+        field="sampler_config",
+        kinds=_MASKS,
+        type=str,
+        help="of the rule threshold: one for each place of a --block, from the commit orders in this directory "
+        "(runs/cache/trajectories)",
     ),
     Setting(flag="--factor", field="sampler_config", kinds=_MASKS, type=float, help="of the rule factor"),
     Setting(flag="--entropy-bound", field="sampler_config", kinds=_MASKS, type=float, help="of that rule, in nats"),
@@ -217,6 +226,8 @@ def _fields(cell: Cell, values: dict[str, Any]) -> dict[str, Any]:
 def _rule(values: dict[str, Any]) -> dict[str, Any]:
     """Return the acceptance rule: by name, or by the number that belongs to one rule alone."""
     numbers = {name: values[name] for name in _RULES_WITH_A_NUMBER if name in values}
+    if "orders" in values:
+        numbers["threshold"] = _thresholds_by_place(values)
     rule = values.get("rule") or next(iter(numbers), "confidence")
     for name in numbers:
         if name != rule:
@@ -224,3 +235,14 @@ def _rule(values: dict[str, Any]) -> dict[str, Any]:
                 f"--{name.replace('_', '-')} belongs to the rule '{name}', not to '{rule}'.", "Give one of them."
             )
     return {"name": rule, **numbers}
+
+
+def _thresholds_by_place(values: dict[str, Any]) -> tuple[float, ...]:
+    from dllm_core.samplers.trajectory_thresholds import stored_thresholds
+
+    if "threshold" in values:
+        raise DllmError("--threshold and --orders both say how sure a token has to be.", "Give one of them.")
+    if "block" not in values:
+        raise DllmError("--orders gives a threshold for each place of a block, and there is no --block.", "Give both.")
+    require_positive("block_size", values["block"])
+    return stored_thresholds(values["orders"], values["block"])

@@ -13,6 +13,7 @@ import os
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -51,6 +52,32 @@ class TrajectoryStore:
         self.mode = mode
         self.identity = identity
         self._kept: dict[str, tuple[Tensor, str]] = {}
+
+    @classmethod
+    def found(cls, directory: Path) -> TrajectoryStore:
+        """Return the store that lies somewhere below a directory, whatever its mode and origin.
+
+        Raises:
+            StoreError: no order is there, orders of several extractions are, or one cannot be read.
+        """
+        files = {path.parents[1]: path for path in Path(directory).rglob("*.safetensors")}
+        if not files:
+            raise StoreError(
+                f"There are no commit orders in '{directory}'.",
+                "Give the directory of extracted ones, such as runs/cache/trajectories.",
+            )
+        if len(files) > 1:
+            raise StoreError(
+                f"Commit orders of {len(files)} extractions lie in '{directory}'.",
+                f"Give one of them, such as {min(files)}.",
+            )
+        [(root, file)] = files.items()
+        metadata, _ = _read(file)
+        return cls(root, mode=metadata["mode"], identity=metadata["identity"])
+
+    def stored_keys(self) -> list[str]:
+        """Return the keys of all sequences with an order."""
+        return sorted(path.stem for path in self.root.glob("*/*.safetensors"))
 
     def path(self, key: str) -> Path:
         """Return where the order of a sequence lies or would lie."""
@@ -135,14 +162,7 @@ class TrajectoryStore:
                 f"There is no commit order for sequence {key[:12]} in {self.root}.",
                 "Extract the trajectories of the sequences that are trained on first.",
             )
-        try:
-            with safe_open(path, framework="pt") as chunk:
-                metadata = json.loads((chunk.metadata() or {})["trajectory"])
-                commit_step_L = chunk.get_tensor("commit_step_L").clone()
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise StoreError(
-                f"The commit order {path} is damaged: {error}.", "Delete the file and extract the trajectories again."
-            ) from error
+        metadata, commit_step_L = _read(path)
         expected = {"format_version": FORMAT_VERSION, "key": key, "mode": self.mode, "identity": self.identity}
         for name, value in expected.items():
             if metadata.get(name) != value:
@@ -152,6 +172,17 @@ class TrajectoryStore:
                     f"Extract the trajectories again, or use a directory other than {self.root}.",
                 )
         return commit_step_L, metadata["response"]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Tensor]:
+    try:
+        with safe_open(path, framework="pt") as chunk:
+            metadata = json.loads((chunk.metadata() or {})["trajectory"])
+            return metadata, chunk.get_tensor("commit_step_L").clone()
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise StoreError(
+            f"The commit order {path} is damaged: {error}.", "Delete the file and extract the trajectories again."
+        ) from error
 
 
 def _response_hash(response_L: Tensor) -> str:

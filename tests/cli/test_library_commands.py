@@ -20,6 +20,8 @@ from dllm_core import DiffusionGenerationConfig, load_cell
 from dllm_core.cli import canvas_view, loading
 from dllm_core.cli.compare import Row, _blocks
 from dllm_core.cli.main import main
+from dllm_core.data.trajectories import NOT_RESPONSE, TrajectoryStore
+from dllm_core.samplers.trajectory_thresholds import stored_thresholds
 from tests.fake_terminal import FakeTerminal
 from tests.tiny_run import LATENT_ROWS, MASK_ROWS, ROWS, write_run
 
@@ -291,6 +293,21 @@ def test_flags_are_the_librarys_settings(flags: str, runs: Path, capsys: pytest.
         assert f"{drift.changed_tokens} of {drift.num_tokens} drafts changed" in notes
 
 
+def test_commit_orders_of_a_run_are_thresholds_by_place(runs: Path, tmp_path: Path, capsys) -> None:
+    order = torch.tensor([NOT_RESPONSE, 0, 3, 1, 2])
+    TrajectoryStore(tmp_path / "entry", mode="student", identity="x").write("ab", order, order >= 0)
+    flags = ["--orders", str(tmp_path), "--block", "4"]
+    assert main(["sample", "random_mask", PROMPT, *FEW, "--steps", "12", *flags]) == 0
+    rule = {"name": "threshold", "threshold": stored_thresholds(tmp_path, 4)}
+    text, _ = expected(runs, "random_mask", max_denoising_steps=12, sampler_config=rule, block_size=4)
+    assert capsys.readouterr().out == text + "\n"
+    for more, told in (([], "there is no --block"), (["--block", "0"], "--block=0"), (["--block", "5"], "block of 5")):
+        assert main(["sample", "random_mask", PROMPT, *FEW, *flags[:2], *more]) == 2
+        assert told in capsys.readouterr().err
+    assert main(["sample", "random_mask", PROMPT, *FEW, *flags, "--threshold", "0.4"]) == 2
+    assert "--threshold and --orders both" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("row", ["ldlm", "cola"])
 def test_guidance_of_a_latent_cell_is_its_own_argument(row: str, runs: Path, capsys) -> None:
     assert main(["sample", row, PROMPT, *FEW, "--steps", "4", "--guidance", "3"]) == 0
@@ -471,6 +488,10 @@ REFUSED = {
     "sample random_mask --cache exact": ("exact", ""),
     "sample random_mask a b": ("One argument too many: 'b'.", "Quote a text of several words"),
     "sample random_mask --chat": ("The cell's tokenizer has no chat template.", "Leave --chat out"),
+    "sample random_mask --orders nowhere --block 4": ("There are no commit orders in 'nowhere'.", "runs/cache"),
+    "sample random_mask --drift": ("--drift needs an approximate cache", "--cache='prefix'"),
+    "sample random_mask --multi-block 2 --threshold 0.5": ("--multi-block=2.0 is not a share.", "(0, 1]"),
+    "compare --drift": ("Unknown setting '--drift' of compare.", ""),
     "sample random_mask --new-tokens 1000": ("", ""),
     "sample ar --steps 4": ("'ar' writes token by token and has no --steps.", "Leave --steps out"),
     "sample ldlm --rule p2": ("'ldlm' writes from latents and has no --rule.", "take a cell that fills in masks"),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from dllm_core.data.trajectories import TrajectoryStore
 from dllm_core.errors import DllmError
 from dllm_core.samplers.config import DiffusionGenerationConfig, ThresholdSamplerConfig
 from dllm_core.samplers.loop import generate
-from dllm_core.samplers.trajectory_thresholds import mean_ranks, trajectory_thresholds
+from dllm_core.samplers.trajectory_thresholds import mean_ranks, stored_thresholds, trajectory_thresholds
 from tests.tiny import NUM_TOKENS, tiny_backbone
 from tests.unit import sampler_oracle
 
@@ -26,6 +29,16 @@ def test_thresholds_lie_between_the_limits() -> None:
     assert trajectory_thresholds(ORDERS, 3, 0.4, 1.0) == pytest.approx((0.9, 0.6, 0.6))
     left_to_right = torch.arange(8)[None]
     assert trajectory_thresholds(left_to_right, 4, 0.5, 0.8) == pytest.approx((0.5, 0.6, 0.7, 0.8))
+
+
+def test_thresholds_of_what_a_run_extracted(tmp_path: Path) -> None:
+    """Rows of different length, written as the extraction writes them."""
+    rows = [ORDERS[0], ORDERS[1, :6]]
+    for n, row in enumerate(rows):
+        TrajectoryStore(tmp_path, mode="student", identity="x").write(f"{n}{n}", row, row >= 0)
+    assert stored_thresholds(tmp_path, 3, 0.4, 1.0) == trajectory_thresholds(ORDERS, 3, 0.4, 1.0)
+    with pytest.raises(DllmError, match="full block of 9"):
+        stored_thresholds(tmp_path, 9)
 
 
 @pytest.mark.parametrize(("size", "limits"), [(8, (0.5, 0.9)), (3, (0.9, 0.5)), (3, (0.0, 0.5)), (3, (0.5, 1.1))])

@@ -57,6 +57,22 @@ def test_everything_that_does_not_match_is_an_error(tmp_path: Path) -> None:
         store.read([data.keys[1]])
 
 
+def test_a_store_is_found_by_its_directory_alone(tmp_path: Path) -> None:
+    data = packed_sequences(3, (5, 3), 2, 40)
+    with pytest.raises(StoreError, match="no commit orders in"):
+        TrajectoryStore.found(tmp_path)
+    for entry in ("a", "b"):
+        store = TrajectoryStore(tmp_path / entry / "payload", mode="student", identity=entry)
+        for key, response_L in zip(data.keys, data.response_NL, strict=True):
+            store.write(key, torch.where(response_L, 1, NOT_RESPONSE), response_L)
+    with pytest.raises(StoreError, match="of 2 extractions"):
+        TrajectoryStore.found(tmp_path)
+    found = TrajectoryStore.found(tmp_path / "b")
+    assert (found.root, found.mode, found.identity) == (store.root, "student", "b")
+    assert found.stored_keys() == sorted(data.keys)
+    assert torch.equal(found.read(data.keys), store.read(data.keys))
+
+
 def test_commit_steps_must_cover_the_response(tmp_path: Path) -> None:
     data = random_sequences(1, 8, 3, 40)
     store = TrajectoryStore(tmp_path, mode="student", identity="x")
