@@ -37,7 +37,7 @@ def _config(passes: int = 3, **more) -> DiffusionGenerationConfig:
 
 
 def _eps(seed: int, sample: int, width: int = 32) -> Tensor:
-    return torch.randn(6, width, generator=NoiseSource(seed).generator(sample, 0, "z"))
+    return torch.randn(6, width, generator=NoiseSource(seed).generator(sample, 0, "latent"))
 
 
 @torch.no_grad()

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 Source = Literal["adapter", "normal"]
 
+NOISE_STREAM = "latent"
+"""Not the stream that training draws from: a prompt may have the seed and the number of a training sequence."""
+
 
 @dataclass(frozen=True)
 class Job(Request):
@@ -81,8 +84,8 @@ def canvas(job: Job) -> Batch:
 
 def noise_of(method: Method, job: Job, batch: Batch, cut: Segments) -> Tensor:
     """Return z of every slot, fp32 [B, L, D]; a row's draws depend on its seed and sample id alone."""
-    eps_SLD = NoiseSource(job.config.seed).normal(batch, "z", (job.config.max_new_tokens, method.backbone.hidden_size))
-    eps_SLD = eps_SLD.to(method.device)
+    shape = (job.config.max_new_tokens, method.backbone.hidden_size)
+    eps_SLD = NoiseSource(job.config.seed).normal(batch, NOISE_STREAM, shape).to(method.device)
     if job.source == "normal":
         return eps_SLD
     return method.posterior(batch, cut, None).sample(eps_SLD)
