@@ -88,21 +88,6 @@ def branch_steps(prefix_steps: int, share: float, kind: BudgetKind, value: float
     return prefix_steps + steps_from_budget(kind, value * (1.0 - share), cost)
 
 
-def analytic_step_flops(num_parameters: int, head_parameters: int, sequences: int, length: int, scored: float) -> float:
-    """Return FLOPs of one forward and backward over a masked-CE batch from sizes alone: 6 per weight and row.
-
-    Attention scores are left out (below 2 % at the lengths of the presets).
-
-    Args:
-        num_parameters: of the blocks and the head; tied embeddings counted once.
-        head_parameters: of the output matrix, which sees the scored rows only.
-        sequences: sequences in a step.
-        length: positions of a sequence.
-        scored: scored tokens of a sequence (half of the response, on average).
-    """
-    return 6.0 * sequences * ((num_parameters - head_parameters) * length + head_parameters * scored)
-
-
 def _check_value(value: float) -> None:
     if not (math.isfinite(value) and value > 0):
         raise DllmError(f"budget.value is {value}.", "Give a finite number greater than 0.")
