@@ -106,6 +106,7 @@ def judged(
         "shuffle_gap_nats": judge.score(given, permuted(shuffle_n)).per_token().value - plain.value,
         "shuffled_judge_ppl": _exp(judge.score(given, permuted(1)).per_token().value),
         "num_samples": len(written),
+        "num_documents": None if prompts.groups is None else len(set(prompts.groups)),
         **text_statistics(written),
         **overlap_statistics(written, [r.tolist() for r in prompts.references], prompts.groups),
     }

@@ -102,4 +102,13 @@ def overlap_gain(point: Mapping[str, Any], size: int = 1) -> Spread | None:
     if not gains:
         return None
     ses = tuple(g.se for g in gains if g.se is not None)
-    return Spread(tuple(g.value for g in gains), ses, point.get("num_samples"))
+    return Spread(tuple(g.value for g in gains), ses, independent_texts(point))
+
+
+def independent_texts(point: Mapping[str, Any]) -> int | None:
+    """Return how many independent units a point's standard errors rest on: documents where they are known, else texts.
+
+    Several prompts may come from one document: degrees of freedom by prompts would make an interval too narrow.
+    """
+    counts = (point.get("num_documents"), point.get("num_samples"))
+    return next((int(n) for n in counts if n), None)

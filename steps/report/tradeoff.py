@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from steps.report.cells import BLOCK_NELBO, EXACT, MIN_SEEDS_TO_RANK, NELBO, Cell, Speed, gather, spread
 from steps.report.drawing import dress, style
 from steps.report.schema import Estimate, Results
-from steps.report.texts import TextVerdict, verdicts
+from steps.report.texts import TextVerdict, independent_texts, verdicts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -106,7 +106,7 @@ def perplexity(value: float) -> str:
 
 def _judge_ends(verdict: TextVerdict) -> tuple[float | None, float | None]:
     told = [Estimate(**p["judge_nats_per_token"]) for p in verdict.point["by_seed"] if p.get("judge_nats_per_token")]
-    nats = spread(told, verdict.point.get("num_samples"))
+    nats = spread(told, independent_texts(verdict.point))
     half = nats.half_width() if nats else None
     ppl = verdict.point["judge_ppl"]
     return (None, None) if half is None else (ppl * math.exp(-half), ppl * math.exp(half))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -274,6 +275,9 @@ def test_frontier_writes_scores_and_keeps_the_order(tiny_backbone: Backbone) -> 
     assert [p["temperature"] for p in found.points] == [0.2, 1.0]
     assert all(p["unigram_entropy_nats"] == 0 and p["num_samples"] == 5 for p in found.points)
     assert found.points[0]["repetition_4"] == pytest.approx(2 / 3)
+    assert found.points[0]["num_documents"] is None, "nobody knows where these prompts come from"
+    grouped = judged(judge, replace(prompts, groups=(0, 0, 1, 1, 1)), found.continuations[0].tokens, NoiseSource(0))
+    assert (grouped["num_samples"], grouped["num_documents"]) == (5, 2)
     assert {r.num_steps for r in method.requests} == {6}, "never more steps than tokens"
     assert [r.sample_ids for r in method.requests[:3]] == [(0, 1), (2, 3), (4,)]
     assert found.continuations[0].commit_step is not None

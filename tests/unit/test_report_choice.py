@@ -13,6 +13,7 @@ from steps.report.markdown import render_markdown
 from steps.report.notes import quality
 from steps.report.schema import Results
 from steps.report.summary import headline
+from steps.report.texts import overlap_gain
 from tests.report_rows import JUDGED, Made, made_up
 
 SEEDS = (0, 1, 2)
@@ -120,6 +121,19 @@ def test_latent_rows_are_never_ranked_by_likelihood_nor_bounds_set_against_exact
     unranked = line(results, "Not ranked")
     assert "likelihood across rows with and without a bound" in unranked
     assert "bounds against exact likelihoods" in unranked
+
+
+def test_prompts_of_one_document_are_no_independent_evidence_that_text_follows_them() -> None:
+    """8 prompts of 2 documents leave one degree of freedom: t = 12.7 for one interval, 38.2 for three."""
+    results = made_up(AR | RESOLVED | LATENT)
+    points = [p for row in results.cells if row.eval for p in row.eval.frontier]
+    assert overlap_gain({**points[0], "by_seed": points[:1]}).half_width() == pytest.approx(0.01 * 2.3646, rel=1e-4)
+    for point in points:
+        point["num_documents"] = 2
+    found = overlap_gain({**points[0], "by_seed": points[:1]})
+    assert found.clusters == 2
+    assert found.half_width() == pytest.approx(0.01 * 12.706, rel=1e-4)
+    assert "not shown to follow its prompt" in line(results, "Without a bound")
 
 
 def test_kinds_of_bounds_are_ranked_apart() -> None:
