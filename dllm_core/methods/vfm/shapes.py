@@ -79,7 +79,9 @@ def adapter_flops(shape: AdapterShape, hidden: int, prompt: float, *, spread: bo
 
 
 def pass_flops(base: BaseShape, positions: float, head_rows: float, products: float = 1.0) -> float:
-    """Return operations of one pass of the base model, attention scores left out (4 L a unit of width).
+    """Return operations of one pass of the base model, attention scores left out (4 L a unit of width and layer).
+
+    They are what a plan of steps leaves out; what a run reports counts them (`Backbone.flops_forward`).
 
     Args:
         base: the base model; a head that is not tied counts as a block.
