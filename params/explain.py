@@ -12,6 +12,8 @@ from params.errors import ParamsError, did_you_mean
 
 Locate = Callable[[str], str]
 _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a mapping"}
+_UNKNOWN = ("extra_forbidden", "invalid_key")
+"""What pydantic finds of a key that is not in the schema; the second of one that is no text."""
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
@@ -39,13 +41,13 @@ def explain(error: ValidationError, model: type[BaseModel], locate: Locate = now
         prefix: put before every key, e.g. `cells.ar.train.`.
     """
     # an unknown key is the likeliest cause of everything else
-    first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
+    first = min(error.errors(include_url=False), key=lambda e: e["type"] not in _UNKNOWN)
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, ParamsError):
         return cause
     path = [str(part) for part in first["loc"]]
-    key = prefix + _key(model, path, extra=first["type"] == "extra_forbidden")
-    if first["type"] == "extra_forbidden":
+    key = prefix + _key(model, path, extra=first["type"] in _UNKNOWN)
+    if first["type"] in _UNKNOWN:
         return unknown_key(key, (prefix + k for k in known_keys(model)), locate)
     may_be = f"Allowed: {allowed(model, path)}."
     if first["type"] == "missing" and not path[-1].isdigit():

@@ -9,6 +9,7 @@ name the cell, and make no row by themselves. Later layers win: extended preset,
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from params.errors import ParamsError, did_you_mean
 from params.explain import explain, known_keys, show, unknown_key
 from params.overrides import ALIASES, Loader, parse_overrides
 from params.schema import CellSpec, GridSpec
+from params.sources import require_source, with_absolute_sources
 
 ROOT = Path(__file__).parent
 _CELL_KEYS = ("options", "train", "description", "optional")
@@ -97,13 +99,14 @@ def load(
     files = _choose_cells(draft, cells)
     for section, source in (("model", model), ("data", data)):
         if source is not None:
-            _replace_source(draft, section, source)
+            require_source(section, source)
+            _merge(draft, {section: {"source": source}}, f"--{section}")
     if seeds is not None:
         draft.tree["seeds"] = _seeds(seeds)
         draft.origins["seeds"] = "--seeds"
     _apply_overrides(draft, parse_overrides(overrides))
     chosen = [_cell(draft, name, files) for name in draft.cells]
-    tree = {**draft.tree, "cells": chosen, "donors": _donors(draft, chosen, files)}
+    tree = {**with_absolute_sources(draft.tree), "cells": chosen, "donors": _donors(draft, chosen, files)}
     try:
         return GridSpec.model_validate(tree)
     except ValidationError as error:
@@ -123,13 +126,17 @@ def _as_typed(error: ParamsError, typed: Mapping[str, str]) -> ParamsError:
 
 def _find(kind: str, name: str, known: list[str]) -> Path:
     singular = kind.removesuffix("s")
-    if name.endswith((".yaml", ".yml")) or "/" in name:
+    if _is_path(name):
         if not Path(name).is_file():
             raise ParamsError(f"No {singular} file '{name}'.", "Check the path, or give the name of a known one.")
         return Path(name)
     if name not in known:
         raise ParamsError(f"Unknown {singular} '{name}'.", did_you_mean(name, known))
     return ROOT / kind / f"{name}.yaml"
+
+
+def _is_path(name: str) -> bool:
+    return name.endswith((".yaml", ".yml")) or "/" in name
 
 
 def _shown(path: Path) -> str:
@@ -141,6 +148,10 @@ def _read(path: Path) -> dict[str, Any]:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except UnicodeDecodeError:
         raise ParamsError(f"{_shown(path)} is not UTF-8 text.", "Save it as UTF-8.") from None
+    except OSError as error:
+        raise ParamsError(
+            f"{_shown(path)} cannot be read ({error.strerror}).", "Make it readable, or give another file."
+        ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
@@ -161,11 +172,21 @@ def _preset_layers(preset: str) -> list[tuple[str, dict[str, Any]]]:
         if shown in [n for n, _ in layers]:
             raise ParamsError(f"{shown} extends itself.", "Remove one of the extends: lines.")
         tree = _read(path)
-        name = tree.pop("extends", None)
+        name = _extended(tree.pop("extends", None), path)
         if "preset" in tree:
             raise ParamsError(f"Unknown key 'preset' (from {shown}).", "A preset is named by its file.")
         layers.append((shown, tree))
     return layers[::-1]
+
+
+def _extended(name: Any, path: Path) -> str | None:
+    """Return what a preset's file extends: a preset by name, or a path from where that file lies."""
+    if name is None or isinstance(name, str):
+        return os.path.normpath(path.parent / name) if name and _is_path(name) else name
+    raise ParamsError(
+        f"extends = {show(name)} is not valid (from {_shown(path)}).",
+        "Allowed: the name of a preset, or a path to a YAML file.",
+    )
 
 
 # -- layers ---
@@ -244,13 +265,6 @@ def _one_of_budget_and_steps(draft: _Draft, layer: Mapping[str, Any], origin: st
             f"budget.value = {show(inherited['value'])}.",
             "Set budget.value together with budget.kind.",
         )
-
-
-def _replace_source(draft: _Draft, section: str, source: str) -> None:
-    path = Path(source).expanduser()
-    if ":" not in source and path.exists():
-        source = str(path.absolute())  # a resumed run may start elsewhere
-    _merge(draft, {section: {"source": source}}, f"--{section}")
 
 
 def _seeds(seeds: Sequence[int] | str) -> list[Any]:

@@ -182,6 +182,11 @@ class BudgetSpec(Settings):
     """How much of it, for each row and seed."""
 
 
+def _divisors(number: int, most: int = 64) -> list[int]:
+    """Return the divisors up to `most`, and the number itself: more than anybody would choose from."""
+    return [*(n for n in range(1, min(number - 1, most) + 1) if number % n == 0), number]
+
+
 class TrainSpec(Settings):
     """Optimisation; a cell may override single values under its own `train:`."""
 
@@ -224,7 +229,7 @@ class TrainSpec(Settings):
             raise ParamsError(
                 f"train.micro_batch_size = {self.micro_batch_size} does not divide "
                 f"train.batch_size = {self.batch_size}.",
-                f"Allowed: {', '.join(str(n) for n in range(1, self.batch_size + 1) if self.batch_size % n == 0)}.",
+                f"Allowed: {', '.join(map(str, _divisors(self.batch_size)))}.",
             )
         return self
 

