@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,8 +61,11 @@ def prepare_environment(arguments: list[str]) -> list[str]:
     """Take `--runs-dir` out of the arguments and set what Metaflow reads when it is imported.
 
     Variables that the user has set win.
+
+    Raises:
+        SystemExit: `--runs-dir` without a directory. (Metaflow is not there yet to say so.)
     """
-    rest, runs = [], ""
+    rest, runs = [], None
     pending = iter(arguments)
     for word in pending:
         if word == "--runs-dir":
@@ -70,8 +74,14 @@ def prepare_environment(arguments: list[str]) -> list[str]:
             runs = word.partition("=")[2]
         else:
             rest.append(word)
-    if runs:
+    if runs is not None:
+        if not runs.strip() or runs.startswith("--"):
+            print("error: --runs-dir names no directory.\nGive one, or leave it out for runs/.", file=sys.stderr)
+            raise SystemExit(BAD_INPUT)
         os.environ["DLLM_RUNS"] = str(Path(runs).expanduser().absolute())
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal without some sign must not end hours of work
+            stream.reconfigure(errors="replace")
     os.environ.setdefault("METAFLOW_USER", os.environ.get("USER") or os.environ.get("USERNAME") or "dllm")
     os.environ.setdefault("METAFLOW_DATASTORE_SYSROOT_LOCAL", str(default_runs_dir()))
     os.environ.setdefault("METAFLOW_RUN_MAX_WORKERS", "1")  # cells share one machine; --max-workers wins
@@ -228,10 +238,9 @@ def _launch(flow: Callable[[], Any], arguments: list[str]) -> int:
     announce_parent()
     word = Path(tempfile.mkdtemp(prefix="dllm-"))
     os.environ[WORD_VARIABLE] = str(word)
-    run_id_file = word / "run_id"
-    if "--run-id-file" in arguments:
-        run_id_file = Path(arguments[arguments.index("--run-id-file") + 1])
-    else:
+    run_id_file = _users_run_id_file(arguments)
+    if run_id_file is None:
+        run_id_file = word / "run_id"
         sys.argv += ["--run-id-file", str(run_id_file)]
     interrupts = _Interrupts()
     try:
@@ -247,6 +256,15 @@ def _launch(flow: Callable[[], Any], arguments: list[str]) -> int:
         return _after_failure(words_left(word), run_id, status)
     finally:
         shutil.rmtree(word, ignore_errors=True)
+
+
+def _users_run_id_file(arguments: list[str]) -> Path | None:
+    """Return the value of `--run-id-file`, None without one (Metaflow complains about a missing value itself)."""
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name == "--run-id-file":
+            return Path(value if equals else following)
+    return None
 
 
 def _resume_command(run_id: str) -> str:

@@ -87,6 +87,45 @@ def test_environment_is_a_default_not_an_order(monkeypatch: pytest.MonkeyPatch, 
     assert os.environ["DLLM_RUNS"] == os.environ["METAFLOW_DATASTORE_SYSROOT_LOCAL"] == str(tmp_path)
 
 
+@pytest.mark.parametrize("arguments", [["--runs-dir"], ["--runs-dir="], ["--runs-dir", "--cells", "ar"]], ids=" ".join)
+def test_a_runs_directory_without_a_name_starts_nothing(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--runs-dir "$RUNS"` with an unset variable ran the whole laptop grid in runs/."""
+    monkeypatch.setenv("DLLM_RUNS", "kept")
+    with pytest.raises(SystemExit) as ended:
+        launcher.prepare_environment(["run", *arguments])
+    assert ended.value.code == launcher.BAD_INPUT
+    assert capsys.readouterr().err.splitlines()[0] == "error: --runs-dir names no directory."
+    assert os.environ["DLLM_RUNS"] == "kept"
+
+
+@pytest.mark.parametrize("form", [["--run-id-file", "FILE"], ["--run-id-file=FILE"]], ids=" ".join)
+def test_the_users_file_for_the_run_id_is_left_to_the_user(
+    form: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two the last wins: with `=` the user's file was never written."""
+    file = tmp_path / "id"
+    given = [word.replace("FILE", str(file)) for word in form]
+
+    def flow() -> None:
+        assert sys.argv[1:] == ["resume", *given]
+        file.write_text("77")
+        raise SystemExit(1)
+
+    monkeypatch.setattr(sys, "argv", [str(FLOW), "resume", *given])
+    assert launcher.main(flow) == 1
+    assert "--origin-run-id 77" in capsys.readouterr().err
+
+
+def test_a_sign_that_the_terminal_lacks_is_replaced(tmp_path: Path) -> None:
+    """An ellipsis in the line of a cache hit ended the task where the encoding has none."""
+    code = "from flows import launcher; launcher.prepare_environment([]); print('cache hit 3f2a…')"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout == "cache hit 3f2a?\n", done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "command"),
     [
