@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import re
@@ -61,9 +63,10 @@ def describe(error: BaseException, where: str, stage: str) -> Failure:
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, MemoryError) or _MEMORY.search(str(error)):
         return Failure(where, stage, "error", f"out of memory: {first}", _LESS_MEMORY, trace)
-    if isinstance(error, OSError) and error.errno == 28:
-        remedy = "Free disk space (python -m steps.cache gc --keep 20GB), then resume."
-        return Failure(where, stage, "error", f"no space left on the disk: {first}", remedy, trace)
+    full = _disk_full(error)
+    if full is not None:
+        first = (str(full).strip() or type(full).__name__).splitlines()[0]
+        return Failure(where, stage, "error", f"no space left on the disk: {first}", _MORE_DISK, trace)
     return Failure(where, stage, "error", f"{type(error).__name__}: {first}", "", trace)
 
 
@@ -71,6 +74,25 @@ def killed(where: str) -> Failure:
     """Return the failure of a task that ended without a word."""
     problem = "the task was killed before it could say why (out of memory? a crash in native code?)"
     return Failure(where, "task", "killed", problem, _LESS_MEMORY)
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_IN_WORDS = re.compile(r"no space left on device|quota exceeded|disk is full|\(os error (?:28|122)\)", re.I)
+"""What safetensors and SQLite say, whose errors carry no number."""
+_MORE_DISK = (
+    "Free some (python -m steps.cache gc --keep 20GB) or take another disk with --runs-dir, then give the same `run` "
+    "command again: it finds what is kept and makes the rest. `resume` needs all that the run had made."
+)
+
+
+def _disk_full(error: BaseException) -> BaseException | None:
+    """Return the error of a full disk that `error` is or came from, None when there is none."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if (isinstance(cause, OSError) and cause.errno in _FULL) or _FULL_IN_WORDS.search(str(cause)):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 _LESS_MEMORY = "Try --set train.micro_batch_size=1,train.activation_checkpointing=true; training resumes where it was."
@@ -88,11 +110,12 @@ def _word_dir() -> Path | None:
 
 
 def leave_word(failure: Failure) -> None:
-    """Write a failure where the launcher reads it."""
+    """Write a failure where the launcher reads it; where that fails too, the task's log has it."""
     folder = _word_dir()
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / f"{failure.where}.failure.json", asdict(failure))
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / f"{failure.where}.failure.json", asdict(failure))
 
 
 def forget(where: str) -> None:

@@ -138,6 +138,11 @@ def _writable_obstacle(runs_dir: Path | str | None) -> DllmError | None:
     """Try to write beside where the runs directory is or will be; nothing stays behind."""
     if runs_dir is None:
         return None
+    if "?" in str(Path(runs_dir).absolute()):  # the tracking database would be made beside it, under half its name
+        return DllmError(
+            f"The runs directory '{runs_dir}' has a '?' in its path, where the address of an SQLite file ends.",
+            "Choose another place with --runs-dir DIR (or the variable DLLM_RUNS).",
+        )
     try:
         with tempfile.TemporaryFile(dir=_nearest(Path(runs_dir))):
             return None

@@ -176,8 +176,8 @@ def disk_bytes(
     disk = {
         "converted model": 4.0 * shape.parameters,
         "trained cells": 4.0 * sum(kept),
-        # master weights and two moments; the newest and the one being written
-        "checkpoints": 12.0 * (2 * max(trained, default=0) + shape.parameters * len(shared.prefixes)),
+        # master weights and two moments; the newest two and the one being written
+        "checkpoints": 12.0 * (3 * max(trained, default=0) + shape.parameters * len(shared.prefixes)),
     }
     if anchors:
         disk["anchors"] = anchor_disk(spec, anchors, shape)

@@ -76,15 +76,19 @@ def write_checkpoint(
     temporary = root / f".{final.name}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    size, digest = write_tensors(temporary / _TENSORS, tensors)
-    text = json.dumps({**state, "step": step, "format": FORMAT})
-    _write_text(temporary / _STATE, text)
-    files = {_TENSORS: [size, digest], _STATE: [len(text.encode()), file_digest(temporary / _STATE)]}
-    _write_text(temporary / _MANIFEST, json.dumps({"format": FORMAT, "files": files}))
-    sync_directory(temporary)
-    if final.exists():
-        shutil.rmtree(final)
-    temporary.rename(final)
+    try:
+        size, digest = write_tensors(temporary / _TENSORS, tensors)
+        text = json.dumps({**state, "step": step, "format": FORMAT})
+        _write_text(temporary / _STATE, text)
+        files = {_TENSORS: [size, digest], _STATE: [len(text.encode()), file_digest(temporary / _STATE)]}
+        _write_text(temporary / _MANIFEST, json.dumps({"format": FORMAT, "files": files}))
+        sync_directory(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+    except BaseException:  # a full disk must not stay full of half a checkpoint
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     sync_directory(root)
     for old in _newest_first(root)[keep:]:
         shutil.rmtree(old)

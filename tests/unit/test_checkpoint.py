@@ -215,6 +215,25 @@ def test_an_incomplete_directory_is_no_checkpoint(tmp_path: Path) -> None:
         assert newest_checkpoint(tmp_path / name) is None
 
 
+def test_a_full_disk_leaves_the_older_checkpoints_and_no_half_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a checkpoint stayed behind and kept the disk full for whatever the user tried next."""
+
+    def full(path: Path, tensors: object) -> tuple[int, str]:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    write_checkpoint(tmp_path, 1, {"a": torch.ones(3)}, {})
+    monkeypatch.setattr("dllm_core.training.checkpoint.write_tensors", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_checkpoint(tmp_path, 2, {"a": torch.ones(3)}, {})
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
+    found = newest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.step == 1
+
+
 def test_our_tensor_files_are_safetensors(tmp_path: Path) -> None:
     tensors = {
         "a": torch.randn(3, 5),

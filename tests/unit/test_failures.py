@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from dllm_core.errors import DataError
 from params import ParamsError
@@ -39,6 +41,14 @@ ROOT = Path(__file__).resolve().parents[2]
         (RuntimeError("CUDA out of memory. Tried to allocate\nmore"), "error", "out of memory: CUDA out", "Try --set"),
         (MemoryError(), "error", "out of memory: MemoryError", "Try --set"),
         (OSError(28, "No space left"), "error", "no space left on the disk", "gc --keep"),
+        (OSError(122, "Disk quota exceeded"), "error", "no space left on the disk: [Errno 122]", "gc --keep"),
+        (
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "error",
+            "no space left on the disk: Error while serializing",
+            "the same `run` command",
+        ),
+        (sqlite3.OperationalError("database or disk is full"), "error", "no space left on the disk", "gc --keep"),
         (KeyError("x"), "error", "KeyError: 'x'", ""),
         (AssertionError(), "error", "AssertionError: AssertionError", ""),
     ],
@@ -50,6 +60,22 @@ def test_causes_in_one_line(error: Exception, kind: str, problem: str, remedy: s
     assert "\n" not in found.problem
     assert remedy in found.remedy
     assert bool(found.trace) == (kind == "error")
+
+
+def test_a_full_disk_is_told_through_what_it_broke() -> None:
+    """A writer that fails again while it closes its file hides the cause behind an error of its own."""
+    error = RuntimeError("unexpected pos 576 vs 534")
+    error.__context__ = OSError(28, "No space left on device", "weights.bin")
+    found = describe(error, "row", "train_cell")
+    assert found.problem == "no space left on the disk: [Errno 28] No space left on device: 'weights.bin'"
+    assert "unexpected pos" in found.trace
+
+
+def test_a_word_that_cannot_be_left_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "word").touch()
+    monkeypatch.setenv(WORD_VARIABLE, str(tmp_path / "word"))
+    leave_word(killed("ar"))
+    assert (tmp_path / "word").is_file()
 
 
 def test_failure_survives_pickling_and_reraising() -> None:

@@ -338,7 +338,7 @@ def test_too_little_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     runs = tmp_path / "runs"
     problem, remedy = refused(lambda: plan("laptop", runs_dir=runs))
     assert problem == (
-        f"The run needs about 9.9 GB of disk (estimate; checkpoints 5.1 GB), 0.0 GB are free in '{runs}'."
+        f"The run needs about 11.6 GB of disk (estimate; checkpoints 6.8 GB), 0.0 GB are free in '{runs}'."
     )
     assert remedy.startswith("Free some (python -m steps.cache gc --keep 20GB)")
     assert not runs.exists()
@@ -350,6 +350,13 @@ def test_unwritable_runs_directory(tmp_path: Path) -> None:
     problem, remedy = refused(lambda: plan(runs_dir=runs))
     assert problem == f"The runs directory '{runs}' cannot be written (Not a directory)."
     assert remedy == "Make it writable, or set DLLM_RUNS to another directory."
+
+
+def test_a_runs_directory_that_sqlite_cannot_name(tmp_path: Path) -> None:
+    """MLflow's database was made at `.../what`, outside of a runs directory called `what?`."""
+    problem, remedy = refused(lambda: plan(runs_dir=tmp_path / "what?" / "runs"))
+    assert "has a '?' in its path, where the address of an SQLite file ends" in problem
+    assert "--runs-dir" in remedy
 
 
 def test_a_check_writes_nothing(tmp_path: Path) -> None:
