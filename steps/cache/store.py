@@ -158,7 +158,7 @@ class StepCache:
             shutil.rmtree(stale, ignore_errors=True)
         temporary = home.parent / f".tmp-{key}-{uuid.uuid4().hex[:8]}"
         (temporary / PAYLOAD).mkdir(parents=True)
-        started = time.time()
+        started = time.monotonic()
         try:
             result = json.loads(json.dumps(build(temporary / PAYLOAD, work)))
             manifest = {
@@ -167,7 +167,7 @@ class StepCache:
                 "label": label,
                 "run_id": self.run_id,
                 "created": time.time(),
-                "seconds": time.time() - started,
+                "seconds": time.monotonic() - started,
                 "material": parts,
                 "result": result,
                 "files": _describe(temporary / PAYLOAD),

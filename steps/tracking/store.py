@@ -120,6 +120,16 @@ def process_tags(pid: int | None = None) -> dict[str, str]:
 
 
 def _started(pid: int) -> str:
+    """Return what tells a process from a later one with its number, whatever becomes of the wall clock."""
+    try:  # clock ticks since this boot; the unix time that psutil makes of them moves when the clock is set
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        ticks = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[19]
+        return f"{boot}/{ticks}"
+    except (OSError, IndexError):
+        return _started_at(pid)
+
+
+def _started_at(pid: int) -> str:
     import psutil
 
     try:

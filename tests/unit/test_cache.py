@@ -128,6 +128,17 @@ def test_what_has_no_canonical_form_is_refused(cache: StepCache, bad: Any) -> No
         get(cache, fields={"bad": bad})
 
 
+def test_a_clock_that_is_set_back_makes_no_negative_time(cache: StepCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a step took is charged to rows; it was the difference of two wall clocks."""
+    now = time.time()
+
+    def set_back(payload: Path, work: Path) -> dict[str, Any]:
+        monkeypatch.setattr(time, "time", lambda: now - 3600)
+        return {}
+
+    assert 0 <= get(cache, set_back).seconds < 60
+
+
 def test_failure_is_not_stored_and_the_work_directory_is_kept(cache: StepCache) -> None:
     def fail(payload: Path, work: Path) -> dict[str, Any]:
         (payload / "half").write_text("x")

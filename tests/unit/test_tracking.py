@@ -131,6 +131,20 @@ def test_runs_of_dead_processes_are_swept_and_live_ones_are_not(fresh_store: Pat
     assert status == {"dead": "KILLED", "live": "RUNNING", "reused": "KILLED"}, "reused: a pid that was given away anew"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the start of a process is known as a unix time only")
+def test_a_live_run_outlives_a_change_of_the_clock(
+    fresh_store: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The start of a process was told as a unix time, which moves with the clock: its run was marked KILLED."""
+    import psutil
+
+    ref = open_grid(fresh_store, name="live", tags={}, params={}, note="", log=lines.append)
+    created = psutil.Process().create_time()
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: created + 3600)
+    open_grid(fresh_store, name="later", tags={}, params={}, note="", log=lines.append)
+    assert client(ref).get_run(ref.parent_id).info.status == "RUNNING"
+
+
 def test_finish_gives_the_parent_results_and_an_end(grid: TrackingRef, lines: list[str], tmp_path: Path) -> None:
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "a.png").write_bytes(b"x")
