@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dllm_core.methods.registry import room_options
 from steps.benchmark_rounds import groups_of, rounds_by_group
 from steps.evaluate_cell import LIBRARIES, load_row, weights_dir, weights_identity
-from steps.machine import Machine, probe
+from steps.machine import Machine, probe, speed_conditions
 
 if TYPE_CHECKING:
     from dllm_core.evals.throughput import Decode, Timing
@@ -104,7 +103,7 @@ def benchmark(
         {
             "bench": spec.bench.model_dump(mode="json"),
             "dtype": dtype,
-            "hardware": _hardware(machine),
+            "hardware": speed_conditions(machine),
             "rows": {e.row.row_id: [e.row.cell.method, e.row.cell.options] for e in entrants},
             "memory_limit_gb": spec.runtime.memory_limit_gb,
         },
@@ -142,16 +141,6 @@ def _entrants(
         elif row.cell.name not in entrants:
             entrants[row.cell.name] = _Entrant(row, directory, capabilities)
     return list(entrants.values()), untrained
-
-
-def _hardware(machine: Machine) -> dict[str, Any]:
-    """Return what of this machine decides how fast it is."""
-    processor = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = cpuinfo.read_text(errors="replace").splitlines()
-        processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
-    return {"device": machine.device, "name": machine.name, "cores": machine.cores, "processor": processor}
 
 
 def _decodes(entrant: _Entrant, bench: BenchSpec, num_tokens: int, device: str) -> dict[str, Decode]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 from dataclasses import dataclass, replace
@@ -100,6 +101,23 @@ def probe(device: str = "auto", threads: int | None = None) -> Machine:
     if device == "cuda":
         return replace(_cpu(None), device="cuda", visible=False, **_REFERENCE_GPU)
     return _cpu(threads)
+
+
+def speed_conditions(machine: Machine) -> dict[str, Any]:
+    """Return what a measured time depends on beside the work: the machine, its threads and the chosen kernels."""
+    processor = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+        processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
+    return {
+        "device": machine.device,
+        "name": machine.name,
+        "cores": machine.cores,
+        "processor": processor,
+        "omp_threads": os.environ.get("OMP_NUM_THREADS", ""),
+        "kernels": os.environ.get("DLLM_KERNELS", "auto"),
+    }
 
 
 def _cpu(threads: int | None) -> Machine:

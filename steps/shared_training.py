@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from steps.machine import probe, speed_conditions
 from steps.training_plan import TrainJob, covering_anchors
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def shared_prefix(job: TrainJob, stop_at: int) -> Entry:
 
 
 def seconds_per_step(job: TrainJob) -> float:
-    """Return how long a step of a row takes here; measured once and kept, so that a budget in seconds is stable."""
+    """Return how long a step of a row takes here; measured once a machine and kept: budgets in seconds are stable."""
 
     settings = replace(job.settings, steps=_CALIBRATION_STEPS, checkpoint_every_s=None, sample_every_steps=None)
     short = replace(job, settings=settings)
@@ -40,5 +41,12 @@ def seconds_per_step(job: TrainJob) -> float:
 
         return {"seconds_per_step": measure(short, anchors, work)}
 
-    arguments = {**short.prefix_request(0).arguments(), "kind": "step_time", "label": f"{job.row_id} step time"}
-    return float(job.around.ctx.cache.get_or_build(**arguments, build=build).result["seconds_per_step"])
+    runtime = job.around.spec.runtime
+    request = short.prefix_request(0)
+    timed = replace(
+        request,
+        kind="step_time",
+        fields={**request.fields, "hardware": speed_conditions(probe(runtime.device, runtime.threads))},
+        label=f"{job.row_id} step time",
+    )
+    return float(job.around.ctx.cache.get_or_build(**timed.arguments(), build=build).result["seconds_per_step"])

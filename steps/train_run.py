@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 FAIL_VARIABLE = "DLLM_FAIL_CELL"
 """Test hook: the row or cell of this name raises in the middle of its training."""
 METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
 CHECKPOINT = "checkpoint"
 _SAMPLE_PROMPTS = 2
 _WORDS_EVERY_S = 2.0
@@ -55,6 +56,7 @@ class Recorder:
     def __init__(self, job: TrainJob, work: Path, prefix_metrics: Path | None = None) -> None:
         self.job, self.work = job, work
         self.metrics = MetricsLog(work / METRICS)
+        self.samples = MetricsLog(work / SAMPLES)
         self.prefix_metrics = prefix_metrics
         self.progress = job.around.ctx.progress(job.row_id, every_s=job.settings.log_every_s)
         self._told = 0.0
@@ -67,6 +69,8 @@ class Recorder:
         """Drop rows of steps that will be done again; take over those of the prefix."""
         own = self.metrics.path.exists()
         self.metrics.rewind(step, source=None if own else self.prefix_metrics)
+        if self.samples.path.exists():
+            self.samples.rewind(step)
         self._last_words({"phase": "start", "step": step})
         if step:
             self.job.around.ctx.log(f"[{self.job.row_id}] continues after step {step} of {self.job.settings.steps}")
@@ -84,8 +88,7 @@ class Recorder:
         """Keep a sample of text."""
         tokenizer = load_tokenizer(Path(self.job.around.model.path))
         texts = [tokenizer.decode(ids) for ids in sequences]
-        with (self.work / "samples.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "texts": texts}) + "\n")
+        self.samples.write({"step": step, "texts": texts})
         self.job.around.ctx.log(f"[{self.job.row_id}] sample at step {step}: {texts[0]!r}")
 
     def _last_words(self, row: dict[str, Any]) -> None:
@@ -180,7 +183,7 @@ def train_cell(
         tokenizer_dir=job.around.model.path,
         summary=summary,
     )
-    for name in (METRICS, "samples.jsonl"):
+    for name in (METRICS, SAMPLES):
         if (work / name).exists():
             shutil.copyfile(work / name, payload / name)
     return summary

@@ -221,6 +221,19 @@ def test_benchmark_times_all_rows_and_marks_the_untrained(world: World) -> None:
     assert any("repr_align_all was not trained" in line for line in world.log)
 
 
+@pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "DLLM_KERNELS"])
+def test_speed_is_measured_again_with_other_kernels_or_threads(
+    world: World, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The speed of the fast kernels was shown for `DLLM_KERNELS=reference`, which decodes through other modules."""
+    rows = [world.spec.row_spec("ar", 0)]
+    monkeypatch.delenv(name, raising=False)
+    assert not benchmark(world.spec, rows, {}, world.model, world.ctx).hit
+    assert benchmark(world.spec, rows, {}, world.model, world.ctx).hit
+    monkeypatch.setenv(name, {"OMP_NUM_THREADS": "1", "DLLM_KERNELS": "reference"}[name])
+    assert not benchmark(world.spec, rows, {}, world.model, world.ctx).hit
+
+
 def test_benchmark_in_laps_when_memory_is_short(world: World) -> None:
     tight = world.spec.runtime.model_copy(update={"memory_limit_gb": 0.001})
     spec = world.spec.model_copy(update={"runtime": tight})

@@ -305,6 +305,35 @@ def test_text_samples_are_kept(world: World) -> None:
     assert all(isinstance(text, str) for line in lines for text in json.loads(line)["texts"])
 
 
+def test_samples_of_steps_that_are_done_again_are_kept_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill between two checkpoints left its samples behind, and the resumed run wrote them a second time."""
+    spec = world.spec("random_mask", train__sample_every_steps="2")
+    monkeypatch.setenv("DLLM_FAIL_CELL", "random_mask")
+    with pytest.raises(RuntimeError, match="made to fail"):
+        world.train(spec, "random_mask", world.context())
+    monkeypatch.delenv("DLLM_FAIL_CELL")
+    trained = world.train(spec, "random_mask", world.context())
+    lines = (Path(trained.cell_dir).parent / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4, 6, 8, 10]
+
+
+@pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "DLLM_KERNELS"])
+def test_the_time_of_a_step_is_measured_again_under_other_conditions(
+    world: World, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A budget in seconds was turned into steps by what another machine, or another number of threads, had taken."""
+    import steps.train_run as run
+
+    times = iter([0.5, 1.0])
+    monkeypatch.setattr(run, "seconds_per_step", lambda job, anchors, work: next(times))
+    spec = world.spec("random_mask", budget__kind="seconds", budget__value="5.0")
+    monkeypatch.delenv(name, raising=False)
+    assert world.train(spec, "random_mask", world.context()).summary["steps"] == 10
+    assert world.train(spec, "random_mask", world.context(run_id="second")).hit
+    monkeypatch.setenv(name, {"OMP_NUM_THREADS": "1", "DLLM_KERNELS": "reference"}[name])
+    assert world.train(spec, "random_mask", world.context(run_id="third")).summary["steps"] == 5
+
+
 def test_a_branch_needs_room(world: World) -> None:
     spec = world.spec("repr_align_trajectory", budget__value=str(BATCH * (LENGTH - PROMPT)))
     with pytest.raises(DllmError, match="between the first and the last"):
