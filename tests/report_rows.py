@@ -12,6 +12,7 @@ from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
+from steps.context import Context
 from steps.report import RowResult, build
 from steps.report.build import assemble
 from steps.report.schema import Results
@@ -122,7 +123,7 @@ def write_report(tmp_path: Path, extra: Sequence[RowResult] = ()) -> Any:
         budget=SimpleNamespace(model_dump=lambda: {"kind": "tokens", "value": 5120}),
         train=SimpleNamespace(steps=None),
     )
-    ctx = SimpleNamespace(run_id="run1", runs_dir=tmp_path / "runs")
+    ctx = Context("run1", tmp_path / "runs")
     return build(
         spec,
         rows,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from steps.locks import hold
 from steps.report import figures, summary, tidy
 from steps.report.cell_links import link_cells
 from steps.report.compare import PerSequence, all_pairs, concluded, is_ranked
@@ -112,12 +112,13 @@ def build(
     directory.mkdir(parents=True, exist_ok=True)
     drawn = figures.draw_all(results, _pictured(rows, "prediction_strip"), _pictured(rows, "history"), directory)
     lines = tuple(summary.headline(results))
-    (directory / "results.json").write_text(results.model_dump_json(indent=1))
-    (directory / "results.csv").write_text(tidy.results_csv(results))
-    (directory / "report.md").write_text(render_markdown(results, lines, [p.name for p in drawn.values()]))
+    (directory / "results.json").write_text(results.model_dump_json(indent=1), encoding="utf-8")
+    (directory / "results.csv").write_text(tidy.results_csv(results), encoding="utf-8")
+    text = render_markdown(results, lines, [p.name for p in drawn.values()])
+    (directory / "report.md").write_text(text, encoding="utf-8")
     write_cards(results, directory / "model_cards", tuple(drawn))
     link_cells(directory / "cells", rows, Path(model_dir) if model_dir else None)
-    _publish_latest(directory)
+    publish_latest(directory, ctx.log)
     return ReportArtifact(
         directory=str(directory),
         results_path=str(directory / "results.json"),
@@ -252,16 +253,23 @@ def git_state() -> tuple[str | None, bool | None]:
     return commit.stdout.strip(), bool(status.stdout.strip())
 
 
-def _publish_latest(directory: Path) -> None:
+def publish_latest(directory: Path, log: Callable[[str], None]) -> None:
     """Make runs/reports/latest a copy, swapped in as a whole: pictures stay readable while a new run writes.
 
-    A copy lies as deep as the original, so that its relative links to the cells hold.
+    A copy lies as deep as the original, so that its relative links to the cells hold. Runs that end together take
+    turns.
+
+    Args:
+        directory: a run's report, below runs/reports.
+        log: told who is waited for.
     """
     latest = directory.parent / "latest"
-    fresh = directory.parent / f".latest-{os.getpid()}"
-    shutil.copytree(directory, fresh, dirs_exist_ok=True, symlinks=True)
-    old = directory.parent / f".old-{os.getpid()}"
-    if latest.exists():
-        latest.rename(old)
-    fresh.rename(latest)
-    shutil.rmtree(old, ignore_errors=True)
+    fresh, old = directory.parent / ".latest-new", directory.parent / ".latest-old"
+    with hold(directory.parent / ".latest-lock", "reports/latest", log):
+        for left in (fresh, old):  # by a run that was killed here
+            shutil.rmtree(left, ignore_errors=True)
+        shutil.copytree(directory, fresh, symlinks=True)
+        if latest.exists():
+            latest.rename(old)
+        fresh.rename(latest)
+        shutil.rmtree(old, ignore_errors=True)

@@ -51,7 +51,7 @@ def _records(metrics_path: Path) -> list[dict[str, Any]]:
     if not metrics_path.is_file():
         return []
     by_step: dict[int, dict[str, Any]] = {}
-    for line in metrics_path.read_text().splitlines():
+    for line in metrics_path.read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
         if "step" in entry:
             by_step.setdefault(int(entry["step"]), {}).update(entry)

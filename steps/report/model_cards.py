@@ -57,5 +57,5 @@ def write_cards(results: Results, directory: Path, pictures: tuple[str, ...]) ->
         if cell.trained and cell.done:
             directory.mkdir(exist_ok=True)
             written.append(directory / f"{cell.name}.md")
-            written[-1].write_text(model_card(results, cell, pictures))
+            written[-1].write_text(model_card(results, cell, pictures), encoding="utf-8")
     return written

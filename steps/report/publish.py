@@ -167,13 +167,13 @@ def publish(source: Path, root: Path = ROOT, *, name: str | None = None, readme:
     Raises:
         ValueError: another run of the same preset and day is stored under that name; or nothing can be drawn.
     """
-    results = concluded(Results.model_validate_json(source.read_text()))
+    results = concluded(Results.model_validate_json(source.read_text(encoding="utf-8")))
     directory = root / "benchmarks" / "results"
     if name is None and source.resolve().parent == directory.resolve():
         name = source.stem
     stored = directory / f"{name or default_name(results)}.json"
     if name is None and stored.is_file():
-        there = Results.model_validate_json(stored.read_text()).run_id
+        there = Results.model_validate_json(stored.read_text(encoding="utf-8")).run_id
         if there != results.run_id:
             raise ValueError(f"{stored.name} holds run {there}, not {results.run_id}: give this one a --name")
     picture = root / "docs" / "figures" / f"{stored.stem}.png"
@@ -181,11 +181,12 @@ def publish(source: Path, root: Path = ROOT, *, name: str | None = None, readme:
     figure = figures.quality_vs_speed(results)
     if figure is None:
         raise ValueError(f"{source} holds no row with both quality and speed")
-    stored.write_text(results.model_dump_json(indent=1) + "\n")
+    stored.write_text(results.model_dump_json(indent=1) + "\n", encoding="utf-8")
     figure.savefig(picture, dpi=130)
     if readme:
         page = root / "README.md"
-        page.write_text(rewrite(page.read_text(), block(results, stored, picture, root)))
+        text = rewrite(page.read_text(encoding="utf-8"), block(results, stored, picture, root))
+        page.write_text(text, encoding="utf-8")
     section = leaderboard.section(
         stored.stem,
         headline=summary.headline(results),
@@ -194,7 +195,7 @@ def publish(source: Path, root: Path = ROOT, *, name: str | None = None, readme:
         provenance=provenance(results),
     )
     board = root / "docs" / "LEADERBOARD.md"
-    board.write_text(leaderboard.enter(board.read_text(), stored.stem, section))
+    board.write_text(leaderboard.enter(board.read_text(encoding="utf-8"), stored.stem, section), encoding="utf-8")
     return stored
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from steps.report import RowResult
-from steps.report.build import below
+from steps.report.build import below, publish_latest
 from steps.report.cell_links import link_cells
 from steps.report.compare import PerSequence, paired_difference
 from steps.report.schema import Results
@@ -66,6 +67,23 @@ def test_every_figure_is_drawn_and_published(report: Any) -> None:
     latest = Path(report.directory).parent / "latest"
     assert {p.name for p in latest.iterdir()} == {p.name for p in Path(report.directory).iterdir()}
     assert all(Path(p).stat().st_size > 5000 for p in report.figures.values())
+
+
+def test_reports_that_end_together_take_turns(tmp_path: Path) -> None:
+    """Both moved the old copy away, and the second found its place taken: a finished grid ended with a traceback."""
+    directories = [tmp_path / "reports" / f"run{i}" for i in range(4)]
+    for directory in directories:
+        directory.mkdir(parents=True)
+        (directory / "report.md").write_text(directory.name)
+    (tmp_path / "reports" / ".latest-new").mkdir()  # of a run that was killed while it copied
+    (tmp_path / "reports" / ".latest-new" / "stray.png").touch()
+    with ThreadPoolExecutor(4) as pool:
+        for _ in pool.map(lambda d: publish_latest(d, print), directories * 10):
+            pass
+    latest = tmp_path / "reports" / "latest"
+    assert [p.name for p in latest.iterdir()] == ["report.md"]
+    assert (latest / "report.md").read_text() in {d.name for d in directories}
+    assert {p.name for p in latest.parent.iterdir()} == {"latest", ".latest-lock", *(d.name for d in directories)}
 
 
 def test_cells_have_a_readable_path(report: Any) -> None:
