@@ -6,13 +6,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from dllm_core.methods.registry import room_options
 from steps.cache.key import library_versions
 from steps.context import ROOT, default_runs_dir
 from steps.grid.rows import RowOutcome, mirror, row_of, row_tracker
-from steps.grid.run import GridRun, Prepared, stage, step_function
+from steps.grid.run import GridRun, Prepared, require_kept, stage, step_function
 from steps.tracking import finish_grid, numbers, tracking_uri
 
 if TYPE_CHECKING:
@@ -26,7 +27,12 @@ def benchmark(run: GridRun, shared: Prepared, outcomes: Sequence[RowOutcome]) ->
     trained = {o.row_id: o.trained for o in outcomes if o.ok}
     rows = [row for row in run.spec.rows() if row.row_id in trained]
     with stage(run, "benchmark") as ctx:
+        require_kept(shared, _cell_dirs(outcomes))
         return step_function("benchmark")(run.spec, rows, trained, shared.model, ctx)
+
+
+def _cell_dirs(outcomes: Sequence[RowOutcome]) -> list[str]:
+    return [o.trained.cell_dir for o in outcomes if o.trained is not None]
 
 
 def row_result(run: GridRun, outcome: RowOutcome) -> RowResult:
@@ -72,6 +78,7 @@ def report(run: GridRun, shared: Prepared, outcomes: Sequence[RowOutcome], bench
 
     measured = plain(bench)
     with stage(run, "report") as ctx:
+        require_kept(shared, _cell_dirs(outcomes))
         made = build(
             run.spec,
             [row_result(run, o) for o in outcomes],
@@ -109,7 +116,7 @@ def closing_lines(run: GridRun, made: ReportArtifact) -> list[str]:
     """Return the last lines of a finished run: findings, where things are, what to do next."""
     runs = default_runs_dir()
     uri = tracking_uri(runs)
-    elsewhere = "" if runs == ROOT / "runs" else f" --runs-dir {shown(runs)}"
+    elsewhere = "" if runs == ROOT / "runs" else f" --runs-dir {quote(shown(runs))}"
     lines = [*made.lines, ""] if made.lines else []
     lines.append(f"report    {shown(Path(made.markdown_path))}   (also in {shown(runs / 'reports' / 'latest')})")
     page = f"http://127.0.0.1:5000/#/experiments/{run.tracking.experiment_id}/runs"  # elsewhere it opens on traces
@@ -117,7 +124,7 @@ def closing_lines(run: GridRun, made: ReportArtifact) -> list[str]:
         lines.append(f"browse    make ui, then {page}")
     if run.tracking.on and uri.startswith("sqlite:"):
         lean = "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1"
-        lines.append(f"          {lean} --backend-store-uri {uri}")
+        lines.append(f"          {lean} --backend-store-uri {quote(uri)}")
     elif run.tracking.on:
         lines.append(f"browse    {uri}")
     lines.append("again     the same command: everything comes from the cache; --no-cache computes it anew")

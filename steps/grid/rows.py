@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 from dllm_core.methods.registry import room_options
 from steps.context import Listener
 from steps.failures import Failure, RowFailed, describe, forget, killed, leave_word
-from steps.grid.run import GridRun, Prepared, prepare_trajectories, report_failure, step_function
+from steps.grid.run import (
+    GridRun,
+    Prepared,
+    prepare_trajectories,
+    report_failure,
+    require_kept,
+    step_function,
+)
 from steps.locks import gpu_lock
 from steps.tracking import RowTracker, numbers, touch_grid
 
@@ -82,6 +89,7 @@ def _run_row(
     try:
         if isinstance(shared.trajectories, Failure) and needs_trajectories(row, shared.model.num_layers):
             raise RowFailed(Failure(row_id, *_rest(shared.trajectories)))
+        require_kept(shared)
         with gpu_lock(run.spec.runtime.device, ctx.log):
             trained = step_function("train_cell")(
                 run.spec, row, shared.model, shared.data, shared.anchors, shared.trajectories, ctx

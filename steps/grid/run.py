@@ -6,7 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dllm_core.errors import DllmError
 from dllm_core.methods.registry import room_options
 from params import GridSpec, RowSpec
 from steps.context import ROOT, Context, Listener, default_runs_dir
@@ -142,6 +143,29 @@ class Prepared:
     trajectories: Any = None
 
 
+_KEPT = (("model", "path"), ("data", "train_dir"), ("data", "heldout_dir"), ("anchors", "store_dir"))
+"""Where the parts of `Prepared` lie."""
+
+
+def require_kept(shared: Prepared, more: Iterable[str] = ()) -> None:
+    """Check that what a resumed run builds on is still there: the cache may have been cleared meanwhile.
+
+    Args:
+        shared: what all rows share.
+        more: further directories; "" counts as there.
+
+    Raises:
+        DllmError: something is gone.
+    """
+    places = [getattr(getattr(shared, part), name, "") for part, name in _KEPT]
+    gone = [place for place in (*places, *more) if place and not Path(place).exists()]
+    if gone:
+        raise DllmError(
+            f"What this run had made is no longer in the step cache (cleared since?): '{gone[0]}'.",
+            "It cannot be resumed. Give the same `run` command again: it finds what is kept and makes the rest.",
+        )
+
+
 def git_commit() -> str:
     """Return the checkout's commit, with `-dirty` for local changes; "" outside a checkout."""
     try:
@@ -212,6 +236,7 @@ def prepare(run: GridRun) -> Prepared:
 def prepare_anchors(run: GridRun, shared: Prepared) -> Prepared:
     """Cache the teacher's hidden states that the rows read."""
     with stage(run, "cache_anchors") as ctx:
+        require_kept(shared)
         anchors = step_function("cache_anchors")(run.spec, shared.model, shared.data, ctx)
         return Prepared(shared.model, shared.data, anchors)
 
@@ -220,6 +245,7 @@ def prepare_trajectories(run: GridRun, shared: Prepared) -> Prepared:
     """Extract commit orders; a failure is recorded, and fails only the rows that need them."""
     ctx = run.context()
     try:
+        require_kept(shared)
         with gpu_lock(run.spec.runtime.device, ctx.log):
             found = step_function("extract_trajectories")(run.spec, shared.model, shared.data, shared.anchors, ctx)
     except Exception as error:
