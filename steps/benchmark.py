@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllm_core.methods.registry import room_options
 from steps.benchmark_rounds import groups_of, rounds_by_group
 from steps.evaluate_cell import LIBRARIES, load_row, weights_dir, weights_identity
 from steps.machine import Machine, probe, speed_conditions
+from steps.row_options import options_of
 
 if TYPE_CHECKING:
     from dllm_core.evals.throughput import Decode, Timing
@@ -134,7 +134,7 @@ def _entrants(
     entrants: dict[str, _Entrant] = {}
     untrained = []
     for row in rows:
-        capabilities = room_options(row.cell.method).model_validate(row.cell.options).capabilities()
+        capabilities = options_of(row).capabilities()
         directory = weights_dir(trained.get(row.row_id), model)
         if capabilities.trains and directory == Path(model.path):
             untrained.append(row.row_id)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dllm_core.backbone.identity import model_identity
-from dllm_core.methods.registry import room_options
 from steps.machine import probe
+from steps.row_options import options_of
 
 if TYPE_CHECKING:
     from dllm_core.evals.evaluate import EvalSettings
@@ -75,7 +75,7 @@ def load_row(row: RowSpec, directory: Path, model: ModelArtifact, *, dtype: str,
     torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
     if directory != Path(model.path):
         return load_cell(directory, dtype=torch_dtype, device=device)
-    options = room_options(row.cell.method).model_validate(row.cell.options)
+    options = options_of(row)
     method = room_method(row.cell.method).from_pretrained(directory, options, dtype=torch_dtype, device=device)
     return method.eval()
 
@@ -106,7 +106,7 @@ def evaluate_cell(
     dtype = machine.dtype(spec.eval.dtype)
     directory = weights_dir(trained, model)
     reference = reference_text(spec, model, data, ctx, dtype, machine.device)
-    options = room_options(row.cell.method).model_validate(row.cell.options)
+    options = options_of(row)
     need = _heldout_states(options, model)
     if need is not None and need.cell is not None:
         anchors = trained.states if trained is not None else None

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllm_core.methods.registry import room_options
+from steps.row_options import options_of
 from steps.shared_training import seconds_per_step, shared_prefix
 from steps.training_plan import Surroundings, TrainJob, plan_job
 
@@ -49,7 +49,7 @@ def extract_trajectories(
     errors: dict[str, str] = {}
     seconds, hit = 0.0, True
     for row in spec.rows():
-        options = room_options(row.cell.method).model_validate(row.cell.options)
+        options = options_of(row)
         if options.requirements(model.num_layers).trajectories is None:
             continue
         try:

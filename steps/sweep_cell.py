@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllm_core.methods.registry import room_options
 from steps.evaluate_cell import (
     LIBRARIES,
     SEED,
@@ -21,6 +20,7 @@ from steps.evaluate_cell import (
     weights_identity,
 )
 from steps.machine import Machine, probe
+from steps.row_options import options_of
 
 if TYPE_CHECKING:
     from dllm_core.data.sequences import SequenceSet
@@ -96,7 +96,7 @@ def _cached(
         (payload / f"{name}.json").write_text(json.dumps(metrics, indent=1))
         return metrics
 
-    options = room_options(row.cell.method).model_validate(row.cell.options)
+    options = options_of(row)
     entry = ctx.cache.get_or_build(
         name,
         {

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllm_core.methods.registry import room_options
 from steps.cell_states import finished_source
 from steps.extract_trajectories import row_trajectories
+from steps.row_options import options_of
 from steps.shared_training import seconds_per_step, shared_prefix
 from steps.training_plan import CELL, Surroundings, TrainJob, covering_anchors, plan_job, prefix_wanted
 
@@ -80,7 +80,7 @@ def train_cell(
     Raises:
         DllmError: a budget that gives no steps, diverged training, stores that do not fit.
     """
-    if not room_options(row.cell.method).model_validate(row.cell.options).capabilities().trains:
+    if not options_of(row).capabilities().trains:
         return TrainedCell("", "", _only_measured(), "", True, ctx.run_id, 0.0)
     around = Surroundings(spec=spec, model=model, data=data, anchors=anchors, ctx=ctx)
     job = plan_job(row, around, seconds_per_step)

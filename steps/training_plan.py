@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from dllm_core.data.order import SampleOrder
 from dllm_core.errors import DllmError
-from dllm_core.methods.registry import room_options
 from dllm_core.methods.requirements import Requirements, RoomOptions, TrajectoryNeed
 from dllm_core.training.schedule import share_of_steps
 from dllm_core.training.settings import TrainSettings
 from steps.budgets import SecondsPerStep, branch_total, own_steps
 from steps.cache.key import key_of, material
 from steps.machine import probe
+from steps.row_options import options_of
 
 if TYPE_CHECKING:
     from params.schema import GridSpec, RowSpec
@@ -223,7 +223,7 @@ def plan_job(row: RowSpec, around: Surroundings, seconds_per_step: SecondsPerSte
     Raises:
         DllmError: a budget that cannot be turned into steps.
     """
-    options = room_options(row.cell.method).model_validate(row.cell.options)
+    options = options_of(row)
     needs = options.requirements(around.model.num_layers)
     prefix = needs.prefix
     if prefix is None:
@@ -262,7 +262,7 @@ def prefix_wanted(job: TrainJob, seconds_per_step: SecondsPerStep) -> int | None
         return None
     spec, layers = job.around.spec, job.around.model.num_layers
     for row in spec.rows():
-        need = room_options(row.cell.method).model_validate(row.cell.options).requirements(layers).prefix
+        need = options_of(row).requirements(layers).prefix
         if need is not None and need.cell == job.cell and row.seed == job.seed:
             return plan_job(row, job.around, seconds_per_step).branch_at
     return None

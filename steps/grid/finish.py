@@ -9,11 +9,11 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from dllm_core.methods.registry import room_options
 from steps.cache.key import library_versions
 from steps.context import ROOT, default_runs_dir
 from steps.grid.rows import RowOutcome, mirror, row_of, row_tracker
 from steps.grid.run import GridRun, Prepared, require_kept, stage, step_function
+from steps.row_options import options_of
 from steps.tracking import finish_grid, numbers, tracking_uri
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def row_result(run: GridRun, outcome: RowOutcome) -> RowResult:
     from steps.report.build import RowResult
 
     row = row_of(run, outcome.row_id)
-    options = room_options(row.cell.method).model_validate(row.cell.options)
+    options = options_of(row)
     trained, evaluation, failure = outcome.trained, outcome.evaluation, outcome.failure
     return RowResult(
         row_id=row.row_id,

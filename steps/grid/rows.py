@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllm_core.methods.registry import room_options
 from steps.context import Listener
 from steps.failures import Failure, RowFailed, describe, forget, killed, leave_word
 from steps.grid.run import (
@@ -19,6 +18,7 @@ from steps.grid.run import (
     step_function,
 )
 from steps.locks import gpu_lock
+from steps.row_options import options_of
 from steps.tracking import RowTracker, numbers, touch_grid
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def row_of(run: GridRun, row_id: str) -> RowSpec:
 
 def needs_trajectories(row: RowSpec, num_layers: int) -> bool:
     """Return whether a row cannot train without commit orders."""
-    options = room_options(row.cell.method).model_validate(row.cell.options)
+    options = options_of(row)
     return options.requirements(num_layers).trajectories is not None
 
 

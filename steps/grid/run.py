@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dllm_core.errors import DllmError
-from dllm_core.methods.registry import room_options
 from params import GridSpec, RowSpec
 from steps.context import ROOT, Context, Listener, default_runs_dir
 from steps.failures import Failure, RowFailed, describe, leave_word
 from steps.locks import gpu_lock
+from steps.row_options import options_of
 from steps.tracking import TrackingRef, open_grid, touch_grid
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class GridRun:
         ordered: dict[str, None] = {}
 
         def place(row: RowSpec) -> None:
-            options = room_options(row.cell.method).model_validate(row.cell.options)
+            options = options_of(row)
             need = options.requirements(num_layers).anchors
             source = None if need is None or need.cell is None else rows.get(self.spec.row_id(need.cell, row.seed))
             if source is not None and source.row_id not in ordered:

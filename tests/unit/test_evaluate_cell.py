@@ -13,10 +13,7 @@ import torch
 
 import dllm_core.methods
 import params
-from dllm_core.backbone.backbone import Backbone
 from dllm_core.backbone.contract import read_contract
-from dllm_core.backbone.conversion import convert
-from dllm_core.backbone.identity import model_identity
 from dllm_core.backbone.sources import read_config
 from dllm_core.corruption.noise import NoiseSource
 from dllm_core.data.sequences import SequenceSet
@@ -31,8 +28,8 @@ from steps.benchmark import ROOM_TO_WORK_BYTES, benchmark
 from steps.context import Context
 from steps.estimates import ModelShape, laid_out_bytes
 from steps.evaluate_cell import evaluate_cell
-from tests.sequences import random_sequences
-from tests.tiny import NUM_TOKENS
+from steps.row_options import options_of
+from tests.row_tools import Data, Model, Trained, model_and_data, moved_cell
 from tests.toy_latent import write_room
 
 METRICS = {
@@ -61,26 +58,6 @@ METRICS = {
 }
 
 
-@dataclass(frozen=True)
-class Model:
-    path: str
-    identity: str
-    num_tokens: int = NUM_TOKENS
-    num_layers: int = 2
-
-
-@dataclass(frozen=True)
-class Data:
-    train_dir: str
-    heldout_dir: str
-    fingerprint: str
-
-
-@dataclass(frozen=True)
-class Trained:
-    cell_dir: str
-
-
 @dataclass
 class World:
     spec: GridSpec
@@ -92,25 +69,13 @@ class World:
     def train(self, row_id: str, nudge: float) -> Trained:
         """Save the base model, slightly moved, as a finished cell."""
         row = next(r for r in self.spec.rows() if r.row_id == row_id)
-        backbone = Backbone.from_pretrained(self.model.path)
-        for parameter in backbone.parameters():
-            parameter.data += nudge
-        options = room_options(row.cell.method).model_validate(row.cell.options)
         directory = Path(self.data.train_dir).parent / row_id
-        method = room_method(row.cell.method)(backbone, options)
-        save_cell(
-            method, directory, cell=row.cell.name, room=row.cell.method, seed=0, tokenizer_dir=Path(self.model.path)
-        )
-        return Trained(str(directory))
+        return moved_cell(self.model, directory, row.cell.method, options_of(row), nudge)
 
 
 @pytest.fixture
 def world(tmp_path: Path, tiny_source_dir: Path) -> World:
-    convert(tiny_source_dir, tmp_path / "model", alignment="shifted")
-    model = Model(str(tmp_path / "model"), model_identity(tmp_path / "model"))
-    for name, seed in (("train", 0), ("heldout", 1)):
-        random_sequences(6, 24, 8, NUM_TOKENS, seed).save(tmp_path / name)
-    data = Data(str(tmp_path / "train"), str(tmp_path / "heldout"), "data-1")
+    model, data = model_and_data(tmp_path, tiny_source_dir)
     settings: dict[str, Any] = {
         "eval.dtype": "fp32",
         "train.dtype": "fp32",

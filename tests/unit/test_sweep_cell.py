@@ -11,10 +11,7 @@ import pytest
 
 import dllm_core.methods
 import params
-from dllm_core.backbone.backbone import Backbone
 from dllm_core.backbone.contract import read_contract
-from dllm_core.backbone.conversion import convert
-from dllm_core.backbone.identity import model_identity
 from dllm_core.methods.cell import save_cell
 from dllm_core.methods.registry import room_method, room_options
 from params import ParamsError
@@ -23,8 +20,7 @@ from steps.context import Context
 from steps.evaluate_cell import Evaluation
 from steps.sweep_cell import sweep_cell
 from tests.plan_tools import plan
-from tests.sequences import random_sequences
-from tests.tiny import NUM_TOKENS
+from tests.row_tools import Data, Model, Trained, model_and_data, moved_cell
 from tests.toy_latent import write_room
 
 BEFORE = Evaluation("metrics.json", {"nelbo_nats_per_token": {"value": 4.0, "se": 0.1}}, "key", False, "one", 1.0)
@@ -32,26 +28,6 @@ ON = {
     "eval.step_sweep": "{steps: [2, 8], samples: 3, infill_tokens: 6, infill_sequences: 4}",
     "eval.parallelism": "{sequences: 3, infill_tokens: 6, thresholds: [0.5, 0.03], factors: [], block_size: 4}",
 }
-
-
-@dataclass(frozen=True)
-class Model:
-    path: str
-    identity: str
-    num_tokens: int = NUM_TOKENS
-    num_layers: int = 2
-
-
-@dataclass(frozen=True)
-class Data:
-    train_dir: str
-    heldout_dir: str
-    fingerprint: str
-
-
-@dataclass(frozen=True)
-class Trained:
-    cell_dir: str
 
 
 @dataclass
@@ -74,24 +50,13 @@ class World:
 
 @pytest.fixture
 def world(tmp_path: Path, tiny_source_dir: Path) -> World:
-    convert(tiny_source_dir, tmp_path / "model", alignment="shifted")
-    model = Model(str(tmp_path / "model"), model_identity(tmp_path / "model"))
-    for name, seed in (("train", 0), ("heldout", 1)):
-        random_sequences(6, 24, 8, NUM_TOKENS, seed).save(tmp_path / name)
-    data = Data(str(tmp_path / "train"), str(tmp_path / "heldout"), "data-1")
+    model, data = model_and_data(tmp_path, tiny_source_dir)
     return World(model, data, Context(run_id="one", runs_dir=tmp_path / "runs", log=lambda line: None))
 
 
 @pytest.fixture
 def trained(world: World, tmp_path: Path) -> Trained:
-    backbone = Backbone.from_pretrained(world.model.path)
-    for parameter in backbone.parameters():
-        parameter.data += 0.01
-    method = room_method("random_mask")(backbone, room_options("random_mask")())
-    tokenizer = Path(world.model.path)
-    return Trained(
-        str(save_cell(method, tmp_path / "c", cell="c", room="random_mask", seed=0, tokenizer_dir=tokenizer))
-    )
+    return moved_cell(world.model, tmp_path / "c", "random_mask", room_options("random_mask")(), 0.01)
 
 
 def test_nothing_is_swept_unless_asked_for(world: World, trained: Trained) -> None:
