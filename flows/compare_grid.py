@@ -39,7 +39,7 @@ class CompareGrid(FlowSpec):
 
     preset = Parameter("preset", default="laptop", help="File in params/presets, or a path to one.")
     cells = Parameter("cells", default=None, help="Rows of the table: a,b,c. Default: the preset's.")
-    set = Parameter("set", default=None, help="Single settings: train.lr=1e-4,eval.samples=64.")
+    set = Parameter("set", default=None, help="Single settings: train.lr=1e-4,eval.nelbo_samples=64.")
     model = Parameter("model", default=None, help="Directory, hub name or embedded:NAME of the model that goes in.")
     data = Parameter("data", default=None, help="Text, JSONL or Parquet file, directory, or hf:NAME.")
     seeds = Parameter("seeds", default=None, help="0,1,2: every cell is trained once a seed.")
