@@ -1,5 +1,7 @@
-# make grid    set up and run the comparison grid      make test   set up and pass the tests
-# make install set up only                             make ui     browse the runs in MLflow
+# make grid      set up and run the comparison grid    make test      set up and pass the tests
+# make install   set up only                           make test-slow the tests that take minutes
+# make ui        browse the runs in MLflow             make test-gpu  the tests that need a GPU (after make install)
+# make lint      check style, types, imports, words    make format    format and fix what can be fixed
 # Variables: PYTHON (3.11+), TORCH=cpu|cuda (default: cuda when an NVIDIA GPU is visible),
 #            TORCH_INDEX=URL (wheel index for torch alone), ARGS (passed to the flow)
 PYTHON ?= python3
@@ -11,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(TORCH)
 
-.PHONY: grid test test-slow test-gpu lint format install ui clean-venv
+.PHONY: grid test test-slow test-gpu lint format install ui clean-venv help
 
 grid: install
 	$(BIN)/python flows/compare_grid.py run $(ARGS)
@@ -51,6 +53,9 @@ $(STAMP): requirements.lock requirements-embedded.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements-embedded.lock
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
+
+help:
+	@sed -n '/^#/!q; s/^# //p' Makefile
 
 clean-venv:
 	rm -rf $(VENV)

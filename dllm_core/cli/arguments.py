@@ -40,13 +40,14 @@ class _Parser(argparse.ArgumentParser):
         raise DllmError(f"{message[:1].upper()}{message[1:]}.", f"{self.prog} --help lists what there is.")
 
 
+_WITHOUT = "(default: what a pipe brings, else an example; '-': what a pipe brings)"
+
+
 def parser_of(command: str) -> argparse.ArgumentParser:
     """Return the parser of a command."""
     parser = _Parser(prog=f"python -m dllm_core {command}", description=COMMANDS[command], allow_abbrev=False)
     if command == "compare":
-        parser.add_argument(
-            "words", nargs="*", metavar="PROMPT", help="text to go on with; '-' or nothing reads a pipe"
-        )
+        parser.add_argument("words", nargs="*", metavar="PROMPT", help="text to go on with " + _WITHOUT)
         parser.add_argument("--cells", metavar="A,B", help="some of the run's cells, in this order (all)")
         parser.add_argument("--json", action="store_true", help="print JSON alone")
     else:
@@ -55,9 +56,9 @@ def parser_of(command: str) -> argparse.ArgumentParser:
             "words",
             nargs="*",
             metavar=f"[CELL] [{what}]",
-            help="a cell of the run (the first that fills in masks) or its directory; "
+            help="CELL: a cell of the run, or its directory (default: the first that fills in masks); "
             + ("text, in which {{8}} is a gap of 8 tokens" if command == "infill" else "text to go on with")
-            + "; '-' or nothing reads a pipe",
+            + f" {_WITHOUT}",
         )
     if command != "infill":
         parser.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
