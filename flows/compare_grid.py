@@ -37,7 +37,7 @@ class CompareGrid(FlowSpec):
     runs again only what failed. Every expensive step is cached across runs: see `python -m steps.cache`.
     """
 
-    preset = Parameter("preset", default="laptop", help="File in params/presets (smoke, gpu_small, ...) or a path to one.")
+    preset = Parameter("preset", default="laptop", help="File in params/presets (smoke, gpu_small ...) or a path.")
     cells = Parameter("cells", default=None, help="Rows of the table: a,b,c. Default: the preset's.")
     set = Parameter("set", default=None, help="Single settings: train.lr=1e-4,eval.nelbo_samples=64.")
     model = Parameter("model", default=None, help="Directory, hub name or embedded:NAME of the model that goes in.")
