@@ -44,6 +44,7 @@ from dllm_core.backbone import ar_decode
 from dllm_core.backbone.contract import read_contract
 from dllm_core.errors import DllmError, did_you_mean
 from dllm_core.evals import throughput
+from dllm_core.kernels.dispatch import announced
 from dllm_core.methods.protocol import SamplingRequest
 from dllm_core.samplers.blocks import split_blocks
 from dllm_core.samplers.denoisers import model_block_size
@@ -349,6 +350,7 @@ def record_of(found: list[Measurement], plan: list[Planned], args: argparse.Name
     return Record(
         **_report.header("decode", args.seed, settings),
         weights="converted, untrained: speed only" if untrained else "as given",
+        implementations=list(announced()),
         cpu=NOT_MEASURED if on_gpu else found,  # type: ignore[arg-type]
         gpu=found if on_gpu else NOT_MEASURED,  # type: ignore[arg-type]
         targets=decode_targets.judge(found, on_gpu=on_gpu),
@@ -379,6 +381,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     print(table(found))
+    print("\n".join(record.implementations))
     print(decode_targets.table(record.targets))
     print(decode_targets.quality_table(record.quality))
     print(json.dumps({"written": str(_report.write(record.model_dump(mode="json"), args.out))}))

@@ -159,6 +159,7 @@ class Record(_Part):
     versions: dict[str, str | None]
     settings: dict[str, Any]
     weights: str
+    implementations: list[str] = Field(default_factory=list, description="what ran, and why")
     cpu: list[Measurement] | Literal["not measured"]
     gpu: list[Measurement] | Literal["not measured"]
     targets: list[TargetResult]

@@ -62,6 +62,8 @@ def test_the_record_says_what_was_measured_and_on_what(run: SimpleNamespace) -> 
     assert {"commit", "dirty", "seed", "hardware", "date", "versions", "settings", "command"} <= set(raw)
     assert raw["gpu"] == "not measured"
     assert raw["weights"] == "converted, untrained: speed only"
+    assert any(told.startswith("decoder pass: quick (") for told in raw["implementations"])
+    assert any(told.startswith("token_stats: reference (DLLM_KERNELS=") for told in raw["implementations"])
     assert str(run.folder) not in json.dumps(raw)
     with pytest.raises(ValidationError):
         Record.model_validate({**raw, "speed": 1.0})
