@@ -7,6 +7,7 @@ other command of Metaflow (show, check, card, dump, logs, step, spin ...) passes
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import shlex
 import shutil
@@ -78,7 +79,7 @@ def prepare_environment(arguments: list[str]) -> list[str]:
         if not runs.strip() or runs.startswith("--"):
             print("error: --runs-dir names no directory.\nGive one, or leave it out for runs/.", file=sys.stderr)
             raise SystemExit(BAD_INPUT)
-        os.environ["DLLM_RUNS"] = str(Path(runs).expanduser().absolute())
+        os.environ["DLLM_RUNS"] = str(Path(os.path.expanduser(runs)).absolute())
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a terminal without some sign must not end hours of work
             stream.reconfigure(errors="replace")
@@ -144,6 +145,10 @@ def _settings(arguments: list[str], at: int) -> tuple[list[str] | None, int]:
         options, rest = _parser().parse_known_args(arguments[at + 1 :])
     except SystemExit:  # argparse has said what is missing
         return None, BAD_INPUT
+    misspelt = _misspelt(rest)
+    if misspelt:
+        print(f"error: Unknown option '{misspelt[0]}'.\nDid you mean '{misspelt[1]}'?", file=sys.stderr)
+        return None, BAD_INPUT
     try:
         plan = _resolve(options)
         if options.dry_run:
@@ -156,6 +161,8 @@ def _settings(arguments: list[str], at: int) -> tuple[list[str] | None, int]:
             raise
         return None, _complain(error)
     print(_brief(plan), flush=True)
+    if plan.warning:
+        print(f"warning: {plan.warning}", file=sys.stderr, flush=True)
     typed = shlex.join(["python", _shown_script(), *arguments])
     ours = ["--settings", plan.spec.model_dump_json(), "--command-line", typed]
     ours += ["--no-cache"] if options.no_cache else []
@@ -165,6 +172,17 @@ def _settings(arguments: list[str], at: int) -> tuple[list[str] | None, int]:
     if options.set:
         ours += ["--set", ",".join(options.set)]
     return [*arguments[: at + 1], *ours, *rest], OK
+
+
+def _misspelt(rest: list[str]) -> tuple[str, str] | None:
+    """Return the first option that is ours but for a slip, and ours; what resembles none is left to Metaflow."""
+    ours = [word for action in _parser()._actions for word in action.option_strings]
+    for word in rest:
+        name = word.partition("=")[0]
+        close = difflib.get_close_matches(name, [*ours, "--runs-dir"], n=1, cutoff=0.8)
+        if close and name.startswith("--"):
+            return name, close[0]
+    return None
 
 
 def _brief(plan: Plan) -> str:
@@ -225,7 +243,11 @@ def main(flow: Callable[[], Any]) -> int:
     if "--help" in arguments:
         return _run_metaflow(flow)
     if command == "run":
-        rewritten, status = _settings(arguments, at)
+        try:
+            rewritten, status = _settings(arguments, at)
+        except KeyboardInterrupt:  # large texts take a while to look through
+            print("\nInterrupted; nothing was started.", file=sys.stderr)
+            return INTERRUPTED
         if rewritten is None:
             return status
         sys.argv[1:] = arguments = rewritten

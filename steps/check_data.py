@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from dllm_core.data.records import read_records, require_hub_reader
 from dllm_core.errors import DataError
@@ -46,6 +47,9 @@ def check_data(spec: DataSpec) -> DataFacts:
     """
     if spec.source.startswith("hf:"):
         require_hub_reader(spec.source)
+        name = spec.source.removeprefix("hf:").partition(":")[0]
+        if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+            raise DataError(f"There is no directory '{name}' (from {spec.source}).", "Check the path.")
         return DataFacts(source=spec.source)
     fields: Mapping[str, str] = {str(ours): theirs for ours, theirs in spec.fields.items()}
     documents = total = longest = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from steps.check_model import ModelFacts, check_model
 from steps.costs import GridCost, grid_cost
 from steps.estimates import GPU_SIZES_GB
 from steps.machine import Machine, probe
+from steps.plan_disk import disk_check, nearest
 from steps.plan_rows import PlannedRow, SharedWork, plan_rows, shared_work
 from steps.row_costs import own_network
 
@@ -36,6 +36,7 @@ class Plan:
         machine: what the estimates hold for.
         cost: estimates.
         obstacles: what would stop the run here (a dry run reports them, a run raises the first).
+        warning: what may stop it later, in one line; empty when nothing is known of.
     """
 
     spec: GridSpec
@@ -47,6 +48,7 @@ class Plan:
     machine: Machine
     cost: GridCost
     obstacles: tuple[DllmError, ...] = ()
+    warning: str = ""
 
 
 def validate(
@@ -73,11 +75,12 @@ def validate(
     machine = machine or probe(spec.runtime.device, spec.runtime.threads)
     shared = shared_work(rows, donors)
     cost = grid_cost(spec, rows, donors, shared, model.shape, data, machine)
+    too_large, warning = disk_check(cost, runs_dir)
     found = (
         _device_obstacle(spec, machine),
         _writable_obstacle(runs_dir),
         _memory_obstacle(spec, cost, machine),
-        _disk_obstacle(cost, runs_dir),
+        too_large,
     )
     obstacles = tuple(o for o in found if o is not None)
     if obstacles and not dry_run:
@@ -92,6 +95,7 @@ def validate(
         machine=machine,
         cost=cost,
         obstacles=obstacles,
+        warning=warning,
     )
 
 
@@ -144,17 +148,13 @@ def _writable_obstacle(runs_dir: Path | str | None) -> DllmError | None:
             "Choose another place with --runs-dir DIR (or the variable DLLM_RUNS).",
         )
     try:
-        with tempfile.TemporaryFile(dir=_nearest(Path(runs_dir))):
+        with tempfile.TemporaryFile(dir=nearest(Path(runs_dir))):
             return None
     except OSError as error:
         return DllmError(
             f"The runs directory '{runs_dir}' cannot be written ({error.strerror or error}).",
             "Make it writable, or set DLLM_RUNS to another directory.",
         )
-
-
-def _nearest(path: Path) -> Path:
-    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
 
 
 def _memory_obstacle(spec: GridSpec, cost: GridCost, machine: Machine) -> DllmError | None:
@@ -170,18 +170,4 @@ def _memory_obstacle(spec: GridSpec, cost: GridCost, machine: Machine) -> DllmEr
         f"Training {cost.memory_row} needs about {need / 1e9:.1f} GB of {kind} (estimate), "
         f"{have / 1e9:.1f} GB are {state}.",
         f"Try --set train.micro_batch_size=1,train.activation_checkpointing=true or a smaller model; {gpu}.",
-    )
-
-
-def _disk_obstacle(cost: GridCost, runs_dir: Path | str | None) -> DllmError | None:
-    if runs_dir is None:
-        return None
-    free = shutil.disk_usage(_nearest(Path(runs_dir))).free
-    if cost.total_disk <= free:
-        return None
-    largest = max(cost.disk, key=lambda name: cost.disk[name])
-    return ResourceError(
-        f"The run needs about {cost.total_disk / 1e9:.1f} GB of disk (estimate; {largest} "
-        f"{cost.disk[largest] / 1e9:.1f} GB), {free / 1e9:.1f} GB are free in '{runs_dir}'.",
-        "Free some (python -m steps.cache gc --keep 20GB), set DLLM_RUNS to another disk, or lower the budget.",
     )

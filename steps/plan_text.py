@@ -47,6 +47,8 @@ def render(plan: Plan) -> str:
         _section("Prepared once for all rows", _shared(plan)),
         _section(f"Estimates for {plan.machine.name}", _estimates(plan)),
     ]
+    if plan.warning:
+        parts.append(_section("Here the run may stop", plan.warning))
     if plan.obstacles:
         lines = [f"{o.problem}\n  {o.remedy}" for o in plan.obstacles]
         parts.append(_section("Here the run would stop", "\n".join(lines)))

@@ -92,7 +92,8 @@ def require_disk(directory: Path, num_bytes: int) -> None:
     free = free_bytes(directory)
     if num_bytes + DISK_RESERVE_BYTES > free:
         raise ResourceError(
-            f"The anchors need {readable_bytes(num_bytes)}, the disk of {directory} has {readable_bytes(free)} free.",
+            f"The anchors need {readable_bytes(num_bytes)} and {readable_bytes(DISK_RESERVE_BYTES)} that stay free, "
+            f"the disk of {directory} has {readable_bytes(free)} free.",
             "Use fewer layers (layers: quarters), fewer training sequences, anchors.dtype=int8, or a larger disk.",
         )
 

@@ -62,10 +62,12 @@ def refused(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         (("--set", "cells.repr_align_4.options.wieght=1"), "options.wieght'", "options.weight'?"),
         (("--set", "train.lr=-1"), "train.lr = -1 is not valid", "Allowed: a number > 0"),
         (("--seeds", "a"), "--seeds", "--seeds 0,1,2"),
+        (("--cell", "ar", "--dry-run"), "Unknown option '--cell'", "Did you mean '--cells'?"),
+        (("--no_cache",), "Unknown option '--no_cache'", "Did you mean '--no-cache'?"),
         (("--model", "no/such/place/here"), "There is no model directory", "Give an existing directory"),
         (("--data", "nowhere.jsonl"), "'nowhere.jsonl' does not exist", "Give a .txt"),
     ],
-    ids=["preset", "cell", "key", "option", "range", "seed", "model", "data"],
+    ids=["preset", "cell", "key", "option", "range", "seed", "flag", "switch", "model", "data"],
 )
 def test_settings(refused: Refused, arguments: tuple[str, ...], problem: str, remedy: str) -> None:
     lines = refused(*arguments)
@@ -124,7 +126,7 @@ def test_too_little_memory(refused: Refused, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_too_little_disk(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("steps.plan.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr("steps.plan_disk.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     lines = refused()
     assert "GB of disk (estimate" in lines[0]
     assert "python -m steps.cache gc" in lines[1]

@@ -66,6 +66,17 @@ def test_settings_reach_metaflow_resolved(launch: object, monkeypatch: pytest.Mo
     assert "--set train.lr=2e-4" in seen[seen.index("--command-line") + 1]
 
 
+def test_an_interrupt_before_the_start_is_no_traceback(
+    launch: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def impatient(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("steps.plan.validate", impatient)
+    assert launch("run", "--preset", "test") == launcher.INTERRUPTED  # type: ignore[operator]
+    assert capsys.readouterr().err == "\nInterrupted; nothing was started.\n"
+
+
 @pytest.mark.parametrize(("ended", "status"), [(0, 0), (1, 1), (2, 2), (None, 0), ("text", 1)])
 def test_status_of_metaflow_is_kept(monkeypatch: pytest.MonkeyPatch, ended: object, status: int) -> None:
     def flow() -> None:

@@ -296,6 +296,11 @@ def test_a_hub_data_set_is_left_to_the_data_step() -> None:
     assert "number of sequences unknown" in render(made)
 
 
+def test_a_data_set_in_a_directory_that_is_not_there() -> None:
+    problem, _ = refused(lambda: plan(data="hf:./nowhere:en"))
+    assert problem == "There is no directory './nowhere' (from hf:./nowhere:en)."
+
+
 def test_only_the_documents_that_will_be_used_are_read(tmp_path: Path) -> None:
     path = tmp_path / "text.jsonl"
     path.write_text('{"text": "%s"}\n' % ("word " * 40) * 3 + "broken\n")
@@ -334,14 +339,39 @@ def test_too_little_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     class Usage:
         free = 10_000_000
 
-    monkeypatch.setattr("steps.plan.shutil.disk_usage", lambda path: Usage)
+    monkeypatch.setattr("steps.plan_disk.shutil.disk_usage", lambda path: Usage)
     runs = tmp_path / "runs"
     problem, remedy = refused(lambda: plan("laptop", runs_dir=runs))
     assert problem == (
-        f"The run needs about 11.6 GB of disk (estimate; checkpoints 6.8 GB), 0.0 GB are free in '{runs}'."
+        "The run needs about 12.6 GB of disk (estimate; checkpoints 6.8 GB, 1.1 GB stay free beside the anchors), "
+        f"0.0 GB are free in '{runs}'."
     )
     assert remedy.startswith("Free some (python -m steps.cache gc --keep 20GB)")
     assert not runs.exists()
+
+
+def test_a_disk_that_holds_the_results_already_is_large_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`again: the same command` was refused where the first run had left too little for a second one."""
+    need = plan("laptop").cost.disk
+    runs = tmp_path / "runs"
+    for kind, name in (("model", "converted model"), ("train_cell", "trained cells"), ("anchors-store", "anchors")):
+        directory = runs / "cache" / kind / "0123456789abcdef"
+        directory.mkdir(parents=True)
+        with (directory / "payload").open("wb") as file:
+            file.truncate(int(need[name]))  # a hole: it takes no room
+
+    class Usage:
+        free = 10_000_000
+
+    monkeypatch.setattr("steps.plan_disk.shutil.disk_usage", lambda path: Usage)
+    made = plan("laptop", runs_dir=runs)
+    assert made.obstacles == ()
+    assert made.warning == (
+        "disk: up to 12.6 GB (estimate) and 0.0 GB free; it fits only if the step cache has 12.6 GB of it already"
+    )
+    assert "Here the run may stop\n  disk: up to" in render(made)
+    (runs / "cache" / "train_cell" / "0123456789abcdef" / "payload").unlink()
+    assert refused(lambda: plan("laptop", runs_dir=runs))[0].startswith("The run needs about 12.6 GB of disk")
 
 
 def test_unwritable_runs_directory(tmp_path: Path) -> None:
