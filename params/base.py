@@ -17,6 +17,8 @@ Int = Annotated[int, BeforeValidator(_not_a_switch)]
 Float = Annotated[float, BeforeValidator(_not_a_switch)]
 PositiveInt = Annotated[Int, Field(ge=1)]
 Natural = Annotated[Int, Field(ge=0)]
+Seed = Annotated[Int, Field(ge=0, le=2**32 - 1)]
+"""What every generator takes that is ever seeded with it."""
 Positive = Annotated[Float, Field(gt=0)]
 NonNegative = Annotated[Float, Field(ge=0)]
 Fraction = Annotated[Float, Field(ge=0, le=1)]

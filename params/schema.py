@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from params.base import Natural, Settings
+from params.base import Seed, Settings
 from params.errors import ParamsError, did_you_mean
 from params.explain import explain
 from params.sections import (
@@ -77,7 +77,7 @@ class RowSpec(Settings):
     """`CELL`, or `CELL-seedN` in a grid of several seeds."""
     cell: CellSpec
     """The cell."""
-    seed: Natural
+    seed: Seed
     """Keys data order, corruption and initialisation."""
     train: TrainSpec
     """The grid's training settings with the cell's own overrides."""
@@ -90,7 +90,7 @@ class GridSpec(Settings):
     """Name of the preset it started from."""
     description: str = ""
     """One sentence."""
-    seeds: Annotated[tuple[Natural, ...], Field(min_length=1)] = (0,)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     """Every cell is trained once a seed; three or more are needed to rank quality."""
     cells: Annotated[tuple[CellSpec, ...], Field(min_length=1)]
     """The rows of the table, in this order."""

@@ -27,13 +27,19 @@ def absolute_source(source: str) -> str:
 
     Args:
         source: as for `model.source`, `data.source` and `eval.judge`.
+
+    Raises:
+        ParamsError: it begins with `~`, and nobody knows where that is.
     """
     if source.startswith("embedded:"):
         return source
     if source.startswith("hf:"):
         name, colon, config = source.removeprefix("hf:").partition(":")
         return f"hf:{Path(name).absolute()}{colon}{config}" if name and Path(name).is_dir() else source
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError:  # no HOME, or no such user
+        raise ParamsError(f"'{source}' is in a home directory that is not known here.", "Write out the path.") from None
     return str(path.absolute()) if path.exists() else source
 
 

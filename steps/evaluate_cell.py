@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllm_core.backbone.identity import model_identity
+from dllm_core.backbone.identity import model_identity, tokenizer_identity
 from steps.machine import probe
 from steps.row_options import options_of
 
@@ -163,11 +163,13 @@ def _fields(spec: GridSpec, dtype: str, device: str) -> dict[str, Any]:
 
 
 def judge_identity(spec: GridSpec, model: ModelArtifact) -> str:
-    """Return what the judge is known by: its weights where they are at hand, else its name."""
+    """Return what the judge is known by: weights and tokenizer where they are at hand, else its name."""
     if spec.eval.judge == "base":
         return model.identity
     directory = Path(spec.eval.judge).expanduser()
-    return model_identity(directory) if directory.is_dir() else spec.eval.judge
+    if not directory.is_dir():
+        return spec.eval.judge
+    return f"{model_identity(directory)}/{tokenizer_identity(directory)}"
 
 
 def settings_of(spec: GridSpec) -> EvalSettings:

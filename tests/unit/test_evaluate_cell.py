@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from params.schema import CellSpec, GridSpec, RowSpec
 from steps.benchmark import ROOM_TO_WORK_BYTES, benchmark
 from steps.context import Context
 from steps.estimates import ModelShape, laid_out_bytes
-from steps.evaluate_cell import evaluate_cell
+from steps.evaluate_cell import evaluate_cell, judge_identity
 from steps.row_options import options_of
 from tests.row_tools import Data, Model, Trained, model_and_data, moved_cell
 from tests.toy_latent import write_room
@@ -184,6 +185,19 @@ def test_benchmark_times_all_rows_and_marks_the_untrained(world: World) -> None:
     assert no_nan(result.rows)
     assert benchmark(world.spec, rows, trained, world.model, world.ctx).hit
     assert any("repr_align_all was not trained" in line for line in world.log)
+
+
+def test_a_judge_with_another_tokenizer_is_another_judge(world: World, tmp_path: Path) -> None:
+    """A judge whose tokenizer was mended went on with the figures that the broken one had given."""
+    directory = tmp_path / "judge"
+    shutil.copytree(world.model.path, directory)
+    judged = world.spec.eval.model_copy(update={"judge": str(directory)})
+    spec = world.spec.model_copy(update={"eval": judged})
+    before = judge_identity(spec, world.model)
+    assert judge_identity(spec, world.model) == before
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    (directory / "tokenizer.json").write_text(json.dumps({**tokenizer, "truncation": {"max_length": 4}}))
+    assert judge_identity(spec, world.model) != before
 
 
 @pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "DLLM_KERNELS"])

@@ -83,7 +83,7 @@ def test_unknown_key() -> None:
         ("eval.samples=0", "eval.samples = 0", "a whole number >= 1"),
         ("budget.kind=hours,budget.value=1", "budget.kind = hours", "tokens, flops, seconds, epochs"),
         ("budget.value=0", "budget.value = 0", "a number > 0"),
-        ("seeds=[-1]", "seeds = -1", "a list, each a whole number >= 0"),
+        ("seeds=[-1]", "seeds = -1", "a list, each a whole number >= 0 and <= 4294967295"),
         ("runtime.device=tpu", "runtime.device = tpu", "auto, cpu, cuda"),
     ],
 )
@@ -110,7 +110,7 @@ def test_set_that_cannot_be_read() -> None:
     assert refused(seeds="0,x") == ["--seeds 0,x cannot be read.", "Allowed: whole numbers, e.g. --seeds 0,1,2."]
     assert refused(seeds="") == [
         "seeds = [] is not valid (from --seeds).",
-        "Allowed: a list, each a whole number >= 0.",
+        "Allowed: a list, each a whole number >= 0 and <= 4294967295.",
     ]
 
 
@@ -313,6 +313,23 @@ def test_a_preset_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.Monke
 def test_an_empty_source_is_a_slip_and_not_the_working_directory(source: str) -> None:
     """`--data "$TEXT"` with an unset variable read every text below the directory that it was typed in."""
     assert refused(**{source: " "})[0] == f"--{source} is empty."
+
+
+def test_a_seed_that_no_generator_takes() -> None:
+    """torch refused it in every row, once the model had been converted and the text tokenised."""
+    assert params.load("test", seeds=str(2**32 - 1)).seeds == (2**32 - 1,)
+    lines = refused(seeds="99999999999999999999")
+    assert lines == [
+        "seeds = 99999999999999999999 is not valid (from --seeds).",
+        "Allowed: a list, each a whole number >= 0 and <= 4294967295.",
+    ]
+
+
+def test_a_home_directory_that_nobody_has() -> None:
+    assert refused(data="~nobody-of-this-name/text.txt") == [
+        "'~nobody-of-this-name/text.txt' is in a home directory that is not known here.",
+        "Write out the path.",
+    ]
 
 
 def test_a_huge_batch_is_refused_at_once() -> None:
