@@ -40,6 +40,7 @@ from benchmarks.decode_models import Models, converted
 from benchmarks.decode_parts import Costs, Decode, Part, Setting, ours_config, parts
 from benchmarks.decode_record import NOT_MEASURED, Check, Drift, Measurement, Planned, Record
 from benchmarks.schedule import integers
+from dllm_core import hardware
 from dllm_core.backbone import ar_decode
 from dllm_core.backbone.contract import read_contract
 from dllm_core.errors import DllmError, did_you_mean
@@ -103,7 +104,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse parts that there are not, before anything is loaded.
+    """Refuse parts and a device that there are not, before anything is loaded.
 
     Raises:
         DllmError: naming one.
@@ -111,6 +112,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in args.parts:
         if name not in PARTS:
             raise DllmError(f"There is no part '{name}'.", did_you_mean(name, PARTS))
+    hardware.device(args.device)
 
 
 def fit_model(directory: Path, args: argparse.Namespace) -> None:

@@ -23,9 +23,11 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dllm_core import hardware
 from dllm_core.corruption.noise import NoiseSource
 from dllm_core.errors import DllmError
 from dllm_core.samplers import inspection
+from dllm_core.samplers.checks import require_positive
 from dllm_core.samplers.config import DiffusionGenerationConfig
 
 
@@ -86,6 +88,8 @@ def config_of(args: argparse.Namespace) -> DiffusionGenerationConfig:
         more = json.loads(args.config)
     except ValueError as error:
         raise DllmError(f"--multi-block or --config cannot be read: {error}.", "Write 0.1,0.95 and JSON.") from error
+    if not isinstance(more, dict):
+        raise DllmError(f"--config {args.config} names no settings.", 'Write JSON such as {"temperature": 0.7}.')
     return DiffusionGenerationConfig.from_dict({**settings, **more})
 
 
@@ -99,10 +103,12 @@ def inspect(args: argparse.Namespace) -> inspection.Inspection:
     if args.model is None:
         if args.prompt:
             raise DllmError("A prompt says nothing without a model.", "Give --model DIR, or --prompt-tokens N.")
+        if args.model_block is not None:
+            require_positive("--model-block", args.model_block)
         return inspection.planned(config, args.prompt_tokens, alignment=args.alignment, model_block=args.model_block)
     from dllm_core.backbone.backbone import Backbone
 
-    backbone = Backbone.from_pretrained(args.model, device=args.device)
+    backbone = Backbone.from_pretrained(args.model, device=hardware.device(args.device))
     if args.prompt:
         prompts = tokenised(args.model, args.prompt)
     else:

@@ -101,5 +101,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         flag = unknown[0].partition("=")[0]
         known = [f for action in parser._actions for f in action.option_strings if f.startswith("--")]
         raise DllmError(f"Unknown setting '{flag}' of {command}.", did_you_mean(flag, known))
+    if not 0 <= options.pace < float("inf"):
+        raise DllmError(f"--pace={options.pace} is no time to wait.", "Give seconds, at least 0.")
     options.command = command
     return options

@@ -55,9 +55,12 @@ class Machine:
             verify: decoders will be compared, for which bf16 has too few digits: `auto` is fp32.
 
         Raises:
-            ResourceError: a GPU was asked for and there is none.
+            DllmError: a GPU was asked for and there is none.
         """
-        where = hardware.device(device)
+        try:
+            where = hardware.device(device)
+        except DllmError as error:
+            raise in_flags(error) from error
         if dtype == "auto" and verify:
             dtype = "fp32"
         elif dtype == "auto":

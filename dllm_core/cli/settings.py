@@ -191,7 +191,7 @@ def in_flags(error: DllmError) -> DllmError:
     """Return an error of the library in the words of the command line: `--steps` for `max_denoising_steps`."""
     words = {s.field: s.flag for s in SETTINGS if s.field != "sampler_config"}
     words |= {name: f"--{name.replace('_', '-')}" for name in _RULES_WITH_A_NUMBER}
-    words["block_add_threshold"] = words["multi_block"]
+    words |= {"block_add_threshold": words["multi_block"], "runtime.device": "--device"}
     # names that are words of their own, or of a rule too, are meant only where a value follows
     plain = [name for name in words if "_" not in name or name in _RULES_WITH_A_NUMBER]
     unmistakable = [name for name in words if name not in plain]
@@ -215,6 +215,8 @@ def _fields(cell: Cell, values: dict[str, Any]) -> dict[str, Any]:
     if "keep_going" in values:
         fields["stop_at_eos"] = False
     if "multi_block" in values:
+        if "block" not in values and not cell.capabilities.exact_cache:
+            raise DllmError("--multi-block lets blocks overlap, and there is one alone.", "Give --block too.")
         fields["multi_block"] = {"block_add_threshold": values["multi_block"]}
     if cell.kind == "unmasking":
         fields["sampler_config"] = _rule(values)

@@ -17,7 +17,8 @@ def refuse_unknown(cls: type, given: dict[str, Any], what: str) -> None:
     known = [f.name for f in fields(cls)]
     for name in given:
         if name not in known:
-            raise DllmError(f"Unknown {what} setting '{name}'.", did_you_mean(name, known))
+            remedy = did_you_mean(name, known) if known else "It has no settings: leave it out."
+            raise DllmError(f"Unknown {what} setting '{name}'.", remedy)
 
 
 def is_int(value: Any) -> bool:

@@ -489,8 +489,11 @@ REFUSED = {
     "sample random_mask a b": ("One argument too many: 'b'.", "Quote a text of several words"),
     "sample random_mask --chat": ("The cell's tokenizer has no chat template.", "Leave --chat out"),
     "sample random_mask --orders nowhere --block 4": ("There are no commit orders in 'nowhere'.", "runs/cache"),
+    "sample random_mask --pace -1": ("--pace=-1.0 is no time to wait.", "at least 0"),
+    "compare --pace nan": ("--pace=nan is no time to wait.", "at least 0"),
     "sample random_mask --drift": ("--drift needs an approximate cache", "--cache='prefix'"),
-    "sample random_mask --multi-block 2 --threshold 0.5": ("--multi-block=2.0 is not a share.", "(0, 1]"),
+    "sample random_mask --multi-block 0.1 --threshold 0.5": ("--multi-block lets blocks overlap", "Give --block too."),
+    "sample random_mask --block 4 --multi-block 2 --threshold 0.5": ("--multi-block=2.0 is not a share.", "(0, 1]"),
     "compare --drift": ("Unknown setting '--drift' of compare.", ""),
     "sample random_mask --new-tokens 1000": ("", ""),
     "sample ar --steps 4": ("'ar' writes token by token and has no --steps.", "Leave --steps out"),
@@ -502,12 +505,14 @@ REFUSED = {
     "infill random_mask a{{0}}": ("The gap {{0}} has 0 tokens.", "Give 1 to"),
     "infill random_mask {{3}}a": ("Row 0 has no token at position 0", "Begin every row"),
     "compare --cells ar,random": ("Unknown cell 'random'", "Did you mean 'random_mask'?"),
+    "sample random_mask --device cuda": ("--device=cuda, but torch sees no usable GPU.", "Use --device=auto or cpu"),
     "sample --runs-dir nowhere": ("There is no finished run in 'nowhere'.", "--runs-dir DIRECTORY"),
 }
 
 
 @pytest.mark.parametrize("line", REFUSED)
-def test_a_refusal_is_two_lines_that_say_what_to_do(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_refusal_is_two_lines_that_say_what_to_do(line: str, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(line.split()) == 2
     out, err = capsys.readouterr()
     problem, remedy = err.splitlines()

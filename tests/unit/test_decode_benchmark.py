@@ -409,11 +409,18 @@ def test_a_block_causal_model_keeps_its_blocks_and_its_part(tmp_path: Path, caps
         (["--rules", "confident"], "Did you mean 'confidence'"),
         (["--caches", "prefixed"], "Did you mean 'prefix'"),
         (["--variant-steps", "1"], "Give at least 2 steps"),
+        (["--device", "cuda"], "no usable GPU"),
     ],
 )
 def test_mistakes_are_told_in_two_lines(
-    plain_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], told: str
+    plain_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    more: list[str],
+    told: str,
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert decode.main(words(plain_model, tmp_path, *more)) == 2
     assert told in capsys.readouterr().err
 

@@ -227,12 +227,19 @@ def test_the_command_watches_a_model(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--rule", "threshold=high"], "not a number"),
         (["--multi-block", "1"], "Write 0.1,0.95"),
         (["--config", "{"], "cannot be read"),
+        (["--config", "[1]"], "names no settings"),
+        (["--rule", "confidence=3"], "It has no settings"),
+        (["--model-block", "0"], "--model-block=0"),
+        (["--model", "nowhere", "--device", "cuda"], "no usable GPU"),
         (["--prompt", "x"], "Give --model"),
         (["--steps", "0"], "max_denoising_steps"),
         (["--model", "nowhere"], "nowhere"),
     ],
 )
-def test_mistakes_are_told_in_two_lines(command: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_told_in_two_lines(
+    command: list[str], told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert schedule.main(command) == 2
     assert told in capsys.readouterr().err
 
