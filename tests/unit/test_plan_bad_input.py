@@ -343,7 +343,7 @@ def test_too_little_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     runs = tmp_path / "runs"
     problem, remedy = refused(lambda: plan("laptop", runs_dir=runs))
     assert problem == (
-        "The run needs about 12.6 GB of disk (estimate; checkpoints 6.8 GB, 1.1 GB stay free beside the anchors), "
+        "The run needs about 12.7 GB of disk (estimate; checkpoints 6.8 GB, 1.1 GB stay free beside the anchors), "
         f"0.0 GB are free in '{runs}'."
     )
     assert remedy.startswith("Free some (python -m steps.cache gc --keep 20GB)")
@@ -367,11 +367,11 @@ def test_a_disk_that_holds_the_results_already_is_large_enough(tmp_path: Path, m
     made = plan("laptop", runs_dir=runs)
     assert made.obstacles == ()
     assert made.warning == (
-        "disk: up to 12.6 GB (estimate) and 0.0 GB free; it fits only if the step cache has 12.6 GB of it already"
+        "disk: up to 12.7 GB (estimate) and 0.0 GB free; it fits only if the step cache has 12.7 GB of it already"
     )
     assert "Here the run may stop\n  disk: up to" in render(made)
     (runs / "cache" / "train_cell" / "0123456789abcdef" / "payload").unlink()
-    assert refused(lambda: plan("laptop", runs_dir=runs))[0].startswith("The run needs about 12.6 GB of disk")
+    assert refused(lambda: plan("laptop", runs_dir=runs))[0].startswith("The run needs about 12.7 GB of disk")
 
 
 def test_unwritable_runs_directory(tmp_path: Path) -> None:
