@@ -70,7 +70,8 @@ def step_flops(job: TrainJob) -> float:
     """Return training FLOPs of one step: of the room's own networks, or of the base model times the room's factor."""
     data = job.around.data
     positions = data.length / data.mean_response_tokens
-    network = job.options.network(_shape(job).base(converted=True, positions_per_response_token=positions))
+    base = _shape(job).base(converted=True, positions_per_response_token=positions, length=data.length)
+    network = job.options.network(base)
     if network is not None:
         return network.flops_per_response_token * job.settings.batch_size * data.mean_response_tokens
     return job.options.cost_factor() * unit_flops(job)

@@ -122,12 +122,13 @@ class ModelShape:
         """FLOPs of the frozen model over one sequence of which hidden states are kept: no head."""
         return self.forward_flops(length, length, 0)
 
-    def base(self, *, converted: bool, positions_per_response_token: float) -> BaseShape:
+    def base(self, *, converted: bool, positions_per_response_token: float, length: int) -> BaseShape:
         """Return what rooms with networks of their own size them by.
 
         Args:
             converted: the mask row is there already.
             positions_per_response_token: length of a sequence over its response tokens.
+            length: tokens of a sequence, prompt included.
         """
         vocab = self.vocab if converted else -(-(self.vocab + 1) // ROW_MULTIPLE) * ROW_MULTIPLE
         return BaseShape(
@@ -136,6 +137,8 @@ class ModelShape:
             vocab=vocab,
             parameters=replace(self, vocab=vocab).parameters,
             positions_per_response_token=positions_per_response_token,
+            length=length,
+            attention_width=self.heads * self.head_dim,
         )
 
 

@@ -37,7 +37,8 @@ def own_network(spec: GridSpec, row: PlannedRow, shape: ModelShape) -> NetworkCo
 
 def base_shape(spec: GridSpec, shape: ModelShape) -> BaseShape:
     """Return what rooms size networks of their own by."""
-    return shape.base(converted=False, positions_per_response_token=spec.data.length / response_tokens(spec))
+    length = spec.data.length
+    return shape.base(converted=False, positions_per_response_token=length / response_tokens(spec), length=length)
 
 
 def step_flops(spec: GridSpec, row: PlannedRow, shape: ModelShape) -> float:

@@ -38,3 +38,14 @@ def dit(width: int, depth: int, num_heads: int) -> int:
     """Blocks with their modulation (6 W (W + 1)), the time embedding and the final modulation (2 W (W + 1))."""
     block = attention(width, num_heads) + feedforward(width) + 6 * width * (width + 1)
     return depth * block + time_embedding(width) + 2 * width * (width + 1)
+
+
+def score_flops(width: int, depth: int, keys: float) -> float:
+    """Return operations of a forward pass of attention itself, per query: 2 for each product of scores and of values.
+
+    Args:
+        width: of all heads together.
+        depth: layers.
+        keys: keys that a query is multiplied with in each of them, seen or not.
+    """
+    return 4.0 * width * keys * depth

@@ -117,6 +117,9 @@ class BaseShape:
         parameters: of the converted model; a tied matrix counts once.
         positions_per_response_token: positions of a sequence, prompt included, for each of its response tokens: for
             rooms that run the base model too.
+        length: tokens of a sequence, prompt included: what attention scores grow with. The default, with that of
+            `positions_per_response_token`, is a window of 32 + 128.
+        attention_width: heads times head width; None is `hidden`.
     """
 
     hidden: int
@@ -124,6 +127,13 @@ class BaseShape:
     vocab: int
     parameters: int
     positions_per_response_token: float = 1.25
+    length: int = 160
+    attention_width: int | None = None
+
+    @property
+    def response(self) -> float:
+        """Response tokens of a sequence."""
+        return self.length / self.positions_per_response_token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +144,7 @@ class NetworkCost:
         trainable: module -> trained parameters, in the order of the table that `--dry-run` prints.
         frozen: parameters that are kept in memory besides and not trained.
         flops_per_response_token: operations of training, forward and backward of all parts, for a response token
-            that is presented once, extra passes included; a room says what small part it leaves out.
+            that is presented once, extra passes and attention scores included; a room says what it leaves out.
         flops_per_denoised_token: operations of one denoising step of generation for a response token; None: at most a
             third of training.
         snapshot: parameters of a copy of what is trained, kept in the compute dtype while training and then dropped.

@@ -42,6 +42,11 @@ class Segments:
         """Whether no slot is padding."""
         return bool(self.real_SL.all())
 
+    @property
+    def num_keys(self) -> int:
+        """P + L."""
+        return self.prompt_SP.shape[1] + self.real_SL.shape[1]
+
     def slots(self, values_BL: Tensor) -> Tensor:
         """Return values [S, L, ...] of the slots, those of the first slot in padding."""
         return values_BL[self.row_S[:, None], self.position_SL]

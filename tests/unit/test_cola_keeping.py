@@ -192,7 +192,7 @@ def test_the_cell_of_the_grid_is_valid_and_planned():
     assert (need.layers, need.positions, need.heldout) == (("28",), "all", True)
     made = plan("test", cells=["cola"], overrides="cells.cola.options.shape=smoke")
     (row,) = [r for r in made.rows if r.cell == "cola"]
-    base = made.model.shape.base(converted=False, positions_per_response_token=1.5)
+    base = made.model.shape.base(converted=False, positions_per_response_token=1.5, length=24)
     assert row.options.network(base).num_trainable == sum(parameter_table(SHAPES["smoke"], base).values())
     assert Options(anchor_sequences=7).requirements(30).anchors.sequences == 7
 

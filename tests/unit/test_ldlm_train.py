@@ -117,7 +117,9 @@ def test_the_losses_fall_in_either_precision(anchored, tmp_path, dtype):
         assert sum(values[-5:]) < 0.95 * sum(values[:5]), part
     assert {p.dtype for p in method.parameters()} == {torch.float32}
     assert method.mean_D.dtype == torch.float32
-    assert rows[-1]["train/flops"] == pytest.approx(60 * method.options.step_flops(method.base.shape, 4 * 9, 4 * 5))
+    assert rows[-1]["train/flops"] == pytest.approx(
+        60 * method.options.step_flops(method.base.shape, 4 * 9, 4 * 5, sequences=4)
+    )
     with_look = [row["step"] for row in rows if "train/reconstruction_accuracy" in row]
     assert with_look[0] == 1
     assert with_look[-1] == 60

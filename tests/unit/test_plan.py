@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -236,10 +235,9 @@ def test_rooms_that_run_prompts_are_charged_for_those_of_the_data(prompt: int, r
     window = {"data.prompt_tokens": prompt, "data.response_tokens": response}
     made = plan("laptop", cells="vfm,cola", overrides=window)
     for row in made.rows:
-        base = replace(
-            made.model.shape.base(converted=False, positions_per_response_token=0.0),
-            positions_per_response_token=(prompt + response) / response,
-        )
+        length = prompt + response
+        shape = made.model.shape
+        base = shape.base(converted=False, positions_per_response_token=length / response, length=length)
         network, cost = row.options.network(base), made.cost.rows[row.row_id]
         assert network is not None
         tokens = cost.steps * row.train.batch_size * response

@@ -156,11 +156,13 @@ def test_memory_of_networks_of_a_rooms_own() -> None:
 
 
 def test_the_base_of_a_rooms_networks_is_the_converted_model() -> None:
-    base = SMOLLM2.base(converted=False, positions_per_response_token=1.5)
+    window = {"positions_per_response_token": 1.5, "length": 96}
+    base = SMOLLM2.base(converted=False, **window)
     assert (base.hidden, base.layers, base.vocab) == (576, 30, 49_216)
     assert base.parameters == SMOLLM2.parameters + 64 * 576
-    assert base.positions_per_response_token == 1.5
-    assert replace(SMOLLM2, vocab=49_216).base(converted=True, positions_per_response_token=1.5) == base
+    assert (base.positions_per_response_token, base.length, base.response) == (1.5, 96, 64)
+    assert base.attention_width == 9 * 64
+    assert replace(SMOLLM2, vocab=49_216).base(converted=True, **window) == base
 
 
 def test_memory_of_a_measured_step() -> None:

@@ -77,7 +77,11 @@ class Method(Model):
             if not moves and self.training:
                 self._gather(q, cut.response_ST)
             flops = self.options.vae_flops(
-                self.base.shape, cut.real_ST.numel(), moves=moves, responses=int(cut.response_ST.sum())
+                self.base.shape,
+                cut.real_ST.numel(),
+                moves=moves,
+                responses=int(cut.response_ST.sum()),
+                documents=len(cut),
             )
             return LossOutput(loss, parts, flops=flops, positions=cut.real_ST.numel())
         return self._prior_loss(corrupted, cut, states_STD, totals)
@@ -120,7 +124,12 @@ class Method(Model):
         parts["flow_mse"] = flow.detach()
         clean, noisy = len(cut) * inputs.num_clean, error_SN.numel()
         flops = options.prior_flops(
-            self.base.shape, cut.real_ST.numel(), clean, noisy, responses=int(cut.response_ST.sum())
+            self.base.shape,
+            cut.real_ST.numel(),
+            clean,
+            noisy,
+            responses=int(cut.response_ST.sum()),
+            documents=len(cut),
         )
         return LossOutput(loss + options.flow_weight * flow, parts, flops=flops, positions=clean + noisy)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from dllm_core.methods.cola.shapes import SHAPES, Shape, forward_flops, parameter_table
+from dllm_core.methods.cola.shapes import SHAPES, Shape, parameter_table, prior_flops, vae_flops
 from dllm_core.methods.latent_options import LatentOptions, Share, named_sizes
 from dllm_core.methods.requirements import AnchorNeed, BaseShape, Capabilities, NetworkCost, Requirements
 
@@ -127,12 +126,16 @@ class Options(LatentOptions):
 
     def training_flops(self, base: BaseShape) -> float:
         """Return operations of an average step per response position, its share of prompt positions included."""
-        slots = base.positions_per_response_token
-        settled, moving = (self.vae_flops(base, slots, moves=moves) for moves in (False, True))
+        slots, responses = base.length, base.response
+        settled, moving = (self.vae_flops(base, slots, moves=moves, responses=responses) for moves in (False, True))
         first = self.settle * settled + (1.0 - self.settle) * moving
-        return self.vae_share * first + (1.0 - self.vae_share) * self.prior_flops(base, slots, slots, 1.0)
+        # whole blocks, as `Spans.halves` cuts them
+        clean = (slots - 1) // self.block_size * self.block_size
+        noisy = slots - int(slots - responses) // self.block_size * self.block_size
+        second = self.prior_flops(base, slots, clean, noisy, responses=responses)
+        return (self.vae_share * first + (1.0 - self.vae_share) * second) / responses
 
-    def vae_flops(self, base: BaseShape, slots: float, *, moves: bool, responses: float = 1.0) -> float:
+    def vae_flops(self, base: BaseShape, slots: float, *, moves: bool, responses: float, documents: int = 1) -> float:
         """Return operations of the autoencoder's loss, forward and backward.
 
         A backward costs two forwards, one where only the input's gradient is wanted (the frozen head).
@@ -142,14 +145,15 @@ class Options(LatentOptions):
             slots: positions of documents, prompts included.
             moves: the encoder is trained too.
             responses: of them, response positions.
+            documents: equally long documents that these are the positions of; none attends to another.
         """
-        flops, views = forward_flops(self.sizes, base), 2.0 if self.masked_weight else 1.0
+        flops, views = vae_flops(self.sizes, base, slots / documents), 2.0 if self.masked_weight else 1.0
         networks = views * slots * ((3.0 if moves else 1.0) * flops["encoder"] + 3.0 * flops["decoder"])
         read_out = self.token_fraction + (self.masked_share if self.masked_weight else 0.0)
         return networks + 2.0 * read_out * responses * flops["head"]
 
     def prior_flops(
-        self, base: BaseShape, slots: float, clean: float, noisy: float, *, responses: float = 1.0
+        self, base: BaseShape, slots: float, clean: float, noisy: float, *, responses: float, documents: int = 1
     ) -> float:
         """Return operations of a step of the second phase, forward and backward.
 
@@ -158,10 +162,12 @@ class Options(LatentOptions):
             slots: positions of documents, prompts included.
             clean, noisy: positions of the prior's halves.
             responses: response positions.
+            documents: as for `vae_flops`.
         """
-        flops: Mapping[str, float] = forward_flops(self.sizes, base)
-        prior = 3.0 * (clean * flops["clean"] + noisy * flops["noisy"])
+        halves = prior_flops(self.sizes, clean / documents, noisy / documents)
+        prior = 3.0 * (clean * halves["clean"] + noisy * halves["noisy"])
+        encoder = slots * vae_flops(self.sizes, base, slots / documents)["encoder"]
         if not self.joint:
-            return prior + slots * flops["encoder"]
-        reference = slots * flops["encoder"] if self.reference_weight else 0.0
-        return prior + reference + self.vae_flops(base, slots, moves=True, responses=responses)
+            return prior + encoder
+        reference = encoder if self.reference_weight else 0.0
+        return prior + reference + self.vae_flops(base, slots, moves=True, responses=responses, documents=documents)

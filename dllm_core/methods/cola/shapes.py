@@ -83,20 +83,40 @@ def parameter_table(shape: Shape, base: BaseShape) -> dict[str, int]:
     }
 
 
-def forward_flops(shape: Shape, base: BaseShape) -> dict[str, float]:
+def vae_flops(shape: Shape, base: BaseShape, length: float) -> dict[str, float]:
     """Return network -> operations of a forward pass per position: 2 per weight that a position meets.
 
-    `clean` is a position of the prior's clean half, of which the last block gives keys and values alone; `noisy` one of
-    its noisy half. Modulations are made once a row and not counted. Neither are attention scores, which
-    `Backbone.flops_forward` counts: 4 % of a step of the autoencoder and 9 % of one of the prior, of the laptop's shape
-    on windows of 32 + 128 (tests/unit/test_latent_attention.py counts them).
+    Attention scores come on top, over all keys whether a causal mask hides them or not, as in `Backbone.flops_forward`.
+
+    Args:
+        shape: sizes.
+        base: the base model's shape.
+        length: positions of a document.
     """
     hidden, latent = base.hidden, shape.latent_dim
-    enc, dec, pri, depth = shape.encoder_width, shape.decoder_width, shape.prior_width, shape.prior_depth
+    enc, dec = shape.encoder_width, shape.decoder_width
     return {
-        "encoder": 2.0 * (hidden * (2 * latent + enc) + 2 * enc * latent + 12 * enc * enc * shape.encoder_depth),
-        "decoder": 2.0 * (latent * (hidden + dec) + dec * hidden + 12 * dec * dec * shape.decoder_depth),
+        "encoder": 2.0 * (hidden * (2 * latent + enc) + 2 * enc * latent + 12 * enc * enc * shape.encoder_depth)
+        + sizes.score_flops(enc, shape.encoder_depth, length),
+        "decoder": 2.0 * (latent * (hidden + dec) + dec * hidden + 12 * dec * dec * shape.decoder_depth)
+        + sizes.score_flops(dec, shape.decoder_depth, length),
         "head": 2.0 * hidden * base.vocab,
-        "clean": 2.0 * (latent * pri + 12 * pri * pri * (depth - 1) + 2 * pri * pri),
-        "noisy": 2.0 * (2 * latent * pri + 12 * pri * pri * depth),
+    }
+
+
+def prior_flops(shape: Shape, clean: float, noisy: float) -> dict[str, float]:
+    """Return half of the prior -> operations of a forward pass per position, attention scores as in `vae_flops`.
+
+    Of the clean half the last block gives keys and values alone. Modulations are made once a row and not counted.
+
+    Args:
+        shape: sizes.
+        clean, noisy: positions of a document's halves.
+    """
+    latent, width, depth = shape.latent_dim, shape.prior_width, shape.prior_depth
+    return {
+        "clean": 2.0 * (latent * width + 12 * width * width * (depth - 1) + 2 * width * width)
+        + sizes.score_flops(width, depth - 1, clean),
+        "noisy": 2.0 * (2 * latent * width + 12 * width * width * depth)
+        + sizes.score_flops(width, depth, clean + noisy),
     }

@@ -132,7 +132,8 @@ class Method(LatentMethod):
             correct = self._reconstructed(inputs, found.latents_SLK)
             parts["reconstruction_accuracy"] = correct.sum() / tokens
         positions = int(cut.real_SL.numel())
-        flops = self.options.step_flops(self.base.shape, positions, cut.prompt_SP.numel())
+        prompt = cut.prompt_SP.numel()
+        flops = self.options.step_flops(self.base.shape, positions, prompt, sequences=len(cut))
         return LossOutput(loss, parts, flops=flops, positions=positions)
 
     def _inputs(self, corrupted: Corrupted, cut: Segments, info: StepInfo, resources: Resources) -> objective.Inputs:

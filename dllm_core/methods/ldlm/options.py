@@ -111,9 +111,10 @@ class Options(LatentOptions):
 
     def training_flops(self, base: BaseShape) -> float:
         """Return operations of a training step per response position, its share of prompt positions included."""
-        return self.step_flops(base, 1.0, base.positions_per_response_token - 1.0)
+        slots = base.response
+        return self.step_flops(base, slots, base.length - slots) / slots
 
-    def step_flops(self, base: BaseShape, slots: float, prompt: float) -> float:
+    def step_flops(self, base: BaseShape, slots: float, prompt: float, *, sequences: int = 1) -> float:
         """Return operations of the loss, forward and backward.
 
         A backward costs two forwards, one where only the input's gradient is wanted (the frozen head). The first pass
@@ -123,8 +124,9 @@ class Options(LatentOptions):
             base: the base model's shape.
             slots: response positions.
             prompt: prompt positions.
+            sequences: equally long sequences that these are the positions of; none attends to another.
         """
-        flops = forward_flops(self.sizes, base)
+        flops = forward_flops(self.sizes, base, slots / sequences, prompt / sequences)
         head = (2.0 if self.sizes.token_head == "frozen" else 3.0) * self.token_fraction * flops["token head"]
         trained = 3.0 * sum(flops[n] for n in ("latent encoder", "latent decoder", "token decoder", "denoiser"))
         free_passes = self.self_condition + (1.0 if self.consistency else 0.0)

@@ -100,21 +100,35 @@ def parameter_table(shape: Shape, base: BaseShape) -> dict[str, int]:
     return table
 
 
-def forward_flops(shape: Shape, base: BaseShape) -> dict[str, float]:
+def forward_flops(shape: Shape, base: BaseShape, slots: float, prompt: float) -> dict[str, float]:
     """Return network -> operations of a forward pass per response position: 2 per weight that a position meets.
 
-    Keys and values of a Perceiver are made of input and latents (2 W^2 more a layer); modulations are made once a
-    row and not counted. Neither are attention scores, which `Backbone.flops_forward` counts: 6 % of a training step of
-    the laptop's shape on windows of 32 + 128 (tests/unit/test_latent_attention.py counts them).
+    Attention scores come on top, over all keys, as in `Backbone.flops_forward`. Keys and values of a Perceiver are made
+    of input and latents: 2 W^2 more a layer, and twice the keys. Modulations are made once a row and not counted.
+
+    Args:
+        shape: sizes.
+        base: the base model's shape.
+        slots: response positions of a sequence.
+        prompt: prompt positions of a sequence.
     """
     hidden, latent = base.hidden, shape.latent(base.hidden)
     enc, dec, den, tok = shape.encoder_width, shape.decoder_width, shape.denoiser_width, shape.token_width
-    return {
-        "latent encoder": 2.0 * (hidden * (latent + enc) + enc * latent + 14 * enc * enc * shape.encoder_depth),
-        "latent decoder": 2.0 * (latent * (hidden + dec) + dec * hidden + 14 * dec * dec * shape.decoder_depth),
-        "denoiser": 2.0 * (3 * latent * den + 12 * den * den * shape.denoiser_depth),
-        "token decoder": 2.0 * (hidden * hidden + 2 * hidden * tok + 12 * tok * tok * shape.token_depth),
-        "token head": 2.0 * hidden * base.vocab,
+    weights = {
+        "latent encoder": hidden * (latent + enc) + enc * latent + 14 * enc * enc * shape.encoder_depth,
+        "latent decoder": latent * (hidden + dec) + dec * hidden + 14 * dec * dec * shape.decoder_depth,
+        "denoiser": 3 * latent * den + 12 * den * den * shape.denoiser_depth,
+        "token decoder": hidden * hidden + 2 * hidden * tok + 12 * tok * tok * shape.token_depth,
+        "token head": hidden * base.vocab,
         # per prompt position
-        "prompt encoder": 2.0 * (hidden * den + (12 * shape.prompt_depth + 2 * shape.denoiser_depth) * den * den),
+        "prompt encoder": hidden * den + (12 * shape.prompt_depth + 2 * shape.denoiser_depth) * den * den,
     }
+    scores = {
+        "latent encoder": sizes.score_flops(enc, shape.encoder_depth, 2 * slots),
+        "latent decoder": sizes.score_flops(dec, shape.decoder_depth, 2 * slots),
+        "denoiser": sizes.score_flops(den, shape.denoiser_depth, prompt + slots),
+        "token decoder": sizes.score_flops(tok, shape.token_depth, slots),
+        "token head": 0.0,
+        "prompt encoder": sizes.score_flops(den, shape.prompt_depth, prompt),
+    }
+    return {network: 2.0 * weights[network] + scores[network] for network in weights}

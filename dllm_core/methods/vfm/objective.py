@@ -228,6 +228,6 @@ def loss(
         total = total + kl_weight(method, info) * kl
         parts["kl_nats_per_dim"] = kl.detach()
         ratio = batch.input_ids_BL.numel() / max(1, slots) - 1.0
-        own = adapter_flops(options.sizes, backbone.hidden_size, ratio)
+        own = adapter_flops(options.sizes, backbone.hidden_size, ratio, inputs.cut.num_keys)
         flops += FORWARD_AND_BACKWARD * own * int(real_SL.sum())
     return LossOutput(total, parts, flops=flops, positions=batch.input_ids_BL.numel())

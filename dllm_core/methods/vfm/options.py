@@ -133,14 +133,14 @@ class Options(FrozenStatesOptions):
         shape, positions = self.sizes, base.positions_per_response_token
         prompt = positions - 1.0
         if self.freeze_base:
-            adapter = 3.0 * adapter_flops(shape, base.hidden, prompt, spread=False)
+            adapter = 3.0 * adapter_flops(shape, base.hidden, prompt, base.length, spread=False)
             return adapter + 2.0 * pass_flops(base, positions, 0.5)
         rolled = self.paired_share * self.paired_fraction
         observed = self.adapter_fraction * self.observe_fraction * (prompt > 0)
         shown = 1.0 if self.prompt == "hidden" else 0.5
         return (
             3.0 * pass_flops(base, positions, 1.0)
-            + 3.0 * self.adapter_fraction * adapter_flops(shape, base.hidden, prompt)
+            + 3.0 * self.adapter_fraction * adapter_flops(shape, base.hidden, prompt, base.length)
             + 3.0 * observed * pass_flops(base, positions, shown * prompt)
             + rolled * self.rollout_flops(base)
         )

@@ -68,20 +68,27 @@ def time_parameters(hidden: int) -> int:
     return (sizes.TIME_FREQUENCIES + 1) * hidden + 2 * (hidden + 1) * hidden
 
 
-def adapter_flops(shape: AdapterShape, hidden: int, prompt: float, *, spread: bool = True) -> float:
-    """Return operations of the adapter's forward for a slot, with `prompt` prompt tokens per slot.
+def adapter_flops(shape: AdapterShape, hidden: int, prompt: float, keys: float, *, spread: bool = True) -> float:
+    """Return operations of the adapter's forward for a slot.
 
-    A slot meets 12 W^2 a layer and the heads; a prompt token its projection and the keys and values (2 W^2 a layer).
+    A slot meets 12 W^2 a layer, the heads and the scores of all keys; a prompt token its projection and the keys and
+    values (2 W^2 a layer).
+
+    Args:
+        shape: sizes.
+        hidden: D.
+        prompt: prompt tokens per slot.
+        keys: what a slot looks at: prompt tokens and slots of its sequence.
+        spread: there is a log-deviation head.
     """
     width = shape.width_on(hidden)
     slot = 12 * width * width * shape.depth + width * hidden * (2 if spread else 1)
-    return 2.0 * (slot + prompt * (hidden * width + 2 * width * width * shape.depth))
+    weights = slot + prompt * (hidden * width + 2 * width * width * shape.depth)
+    return 2.0 * weights + sizes.score_flops(width, shape.depth, keys)
 
 
 def pass_flops(base: BaseShape, positions: float, head_rows: float, products: float = 1.0) -> float:
-    """Return operations of one pass of the base model, attention scores left out (4 L a unit of width and layer).
-
-    They are what a plan of steps leaves out; what a run reports counts them (`Backbone.flops_forward`).
+    """Return operations of one pass of the base model per response token, as `Backbone.flops_forward` counts them.
 
     Args:
         base: the base model; a head that is not tied counts as a block.
@@ -90,4 +97,5 @@ def pass_flops(base: BaseShape, positions: float, head_rows: float, products: fl
         products: vocabulary products per such row: logits, and another one for softmax . E.
     """
     head = base.hidden * base.vocab
-    return 2.0 * ((base.parameters - head) * positions + head * head_rows * products)
+    weights = (base.parameters - head) * positions + head * head_rows * products
+    return 2.0 * weights + positions * sizes.score_flops(base.attention_width or base.hidden, base.layers, base.length)

@@ -72,7 +72,8 @@ def loss(method: Method, corrupted: Corrupted, totals: dict[str, float], resourc
         blocked_V=backbone.blocked_V,
     )
     positions, slots = batch.input_ids_BL.numel(), int(cut.real_SL.sum())
-    own = adapter_flops(method.options.sizes, backbone.hidden_size, positions / max(1, slots) - 1.0, spread=False)
+    prompt = positions / max(1, slots) - 1.0
+    own = adapter_flops(method.options.sizes, backbone.hidden_size, prompt, cut.num_keys, spread=False)
     flops = FROZEN_BACKWARD * backbone.flops_forward(positions, batch.length, len(weight_M))
     parts: dict[str, Tensor | float] = {
         "ce_nats": (weight_M * losses.nll_M).sum(),
