@@ -332,7 +332,7 @@ def test_too_little_memory() -> None:
         "Training random_mask needs about 3.9 GB of memory (estimate), 1.5 GB are allowed by runtime.memory_limit_gb."
     )
     text = render(plan("laptop", machine=small, dry_run=True))
-    assert "Here the run would stop\n  Training vfm needs about 4.4 GB of memory" in text
+    assert "Here the run would stop\n  Training vfm needs about 4.5 GB of memory" in text
 
 
 def test_too_little_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
