@@ -40,39 +40,44 @@ def _answer(results: Results, chosen: Sequence[Cell], texts: dict[str, TextVerdi
     """Say what to choose, as far as the numbers carry it."""
     if not chosen:
         return "Answer: none. No converted row finished."
+    told = [_text_answer(results, chosen, texts), _likelihood_answer(results, chosen)]
+    plain = plain_recipes(chosen)
+    if plain:
+        told.append(f"The cheapest recipe is {_either(plain)}: no new parameters, no teacher.")
+    return " ".join(["Answer:", *filter(None, told)])
+
+
+def _text_answer(results: Results, chosen: Sequence[Cell], texts: dict[str, TextVerdict]) -> str:
     good = [texts[c.name] for c in chosen if c.name in texts and texts[c.name].passes]
     fast, speeds = fastest(good)
     if not texts:
-        parts = ["no text was generated, so speed alone recommends nothing"]
-    elif not any(v.judged for v in texts.values()):
-        parts = ["none for its text, which cannot be judged here"]
-    elif not good:
+        return "no text was generated, and speed alone recommends nothing."
+    if not any(v.judged for v in texts.values()):
+        return "text cannot be judged here, and speed alone recommends nothing."
+    if not good:
         kept = [c.name for c in gather(results) if c.causal and c.name in texts and texts[c.name].passes]
-        stay = f" (that of {' and '.join(kept)} does)" if kept else ""
-        parts = [f"none for its text yet, at this budget no converted row's passes the checks{stay}"]
-    elif fast:
-        at, steps = speeds[fast[0].name], texts[fast[0].name].point["steps"]
-        told = f"{_rate(at)} in {steps} steps, {_over_reference(results, at)}"
-        told = told if len(fast) == 1 else "which cannot be told apart in speed"
-        once = ", in the one seed there is" if len(set(results.seeds)) == 1 else ""
-        parts = [f"for speed with text that passes the checks{once}, {_either([c.name for c in fast])} ({told})"]
-    else:
-        parts = [f"text passes the checks in {_listed([v.cell.name for v in good])}, whose speed was not measured"]
+        stay = f"; {' and '.join(kept)} {'does' if len(kept) == 1 else 'do'}" if kept else ""
+        return f"no converted row writes text that passes the checks at this budget{stay}."
+    if not fast:
+        return f"text passes the checks in {_listed([v.cell.name for v in good])}, whose speed was not measured."
+    at, steps = speeds[fast[0].name], texts[fast[0].name].point["steps"]
+    why = f"{_rate(at)} in {steps} steps, {_over_reference(results, at)}"
+    why = why if len(fast) == 1 else "which cannot be told apart in speed"
+    once = ", in the one seed there is" if len(set(results.seeds)) == 1 else ""
+    return f"for speed with text that passes the checks{once}, {_either([c.name for c in fast])} ({why})."
+
+
+def _likelihood_answer(results: Results, chosen: Sequence[Cell]) -> str:
     found = standing(results, chosen, NELBO) or standing(results, chosen, BLOCK_NELBO)
-    if found and all(_above_floor(c, found.kind) for c in found.leaders):
-        parts.append("none for its likelihood, which is no better than a unigram model's")
-    elif found and found.winner:
-        parts.append(
-            f"for likelihood, {found.winner.name} (of the {len(found.order)} rows with a {KIND_NAMES[found.kind]})"
-        )
-    elif found and found.ranked and len(found.order) > 1:
-        parts.append(f"for likelihood, {_either([c.name for c in found.leaders])}, which cannot be told apart")
-    elif found:
-        parts.append("none for its likelihood yet, which is not ranked" + _few_seeds(results))
-    plain = plain_recipes(chosen)
-    if plain:
-        parts.append(f"cheapest recipe, {_either(plain)} (no new parameters, no teacher)")
-    return f"Answer: {'; '.join(parts)}."
+    if not found:
+        return ""
+    if all(_above_floor(c, found.kind) for c in found.leaders):
+        return "By likelihood none is better than a unigram model."
+    if found.winner:
+        return f"By likelihood {found.winner.name} leads the {len(found.order)} rows with a {KIND_NAMES[found.kind]}."
+    if found.ranked and len(found.order) > 1:
+        return f"By likelihood {_either([c.name for c in found.leaders])}, which cannot be told apart."
+    return f"By likelihood none is ranked yet{_few_seeds(results)}."
 
 
 def _likelihood_line(results: Results, chosen: Sequence[Cell]) -> str:
