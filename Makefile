@@ -8,12 +8,13 @@ PYTHON ?= python3
 TORCH ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo cuda || echo cpu)
 TORCH_VERSION := 2.13.0
 TORCH_INDEX ?=
+TRITON_VERSION := 3.9.0
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(TORCH)
 
-.PHONY: grid test test-slow test-gpu lint format install ui clean-venv help
+.PHONY: grid test test-slow test-gpu triton lint format install ui clean-venv help
 
 grid: install
 	$(BIN)/python flows/compare_grid.py run $(ARGS)
@@ -21,11 +22,17 @@ grid: install
 test: install
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
-test-slow: install
+test-slow: install triton
 	$(BIN)/python -m pytest -m slow --timeout 3600 $(ARGS)
 
 test-gpu:
 	$(BIN)/python -m pytest -m gpu --timeout 1200 $(ARGS)
+
+# to interpret and compile the kernels without a GPU (1 GB); the CUDA build of torch brings its own
+triton: install
+	@$(BIN)/python -c 'import triton' 2>/dev/null \
+	  || $(BIN)/python -m pip install --quiet --no-deps triton==$(TRITON_VERSION) \
+	  || echo "note: there is no triton for this machine; the tests of its kernels are skipped."
 
 lint: install
 	$(BIN)/ruff check .

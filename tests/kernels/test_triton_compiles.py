@@ -8,7 +8,7 @@ import pytest
 
 from dllm_core.kernels.dispatch import interpreted
 
-triton = pytest.importorskip("triton", reason="triton is not installed (it comes with the CUDA build of torch)")
+triton = pytest.importorskip("triton", reason="triton is not installed (make triton)")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(interpreted(), reason="TRITON_INTERPRET=1: nothing is compiled in this process"),
