@@ -219,7 +219,7 @@ def test_estimate_matches_the_files_and_the_published_example(tmp_path: Path) ->
 def test_too_little_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(anchor_files, "free_bytes", lambda _: 5_000_000_000)
     anchor_files.require_disk(tmp_path / "not" / "there", 3_000_000_000)
-    with pytest.raises(ResourceError, match=r"need 67\.1 TB, .* has 5\.0 GB free") as caught:
+    with pytest.raises(ResourceError, match=r"need 67\.1 TB and 1\.1 GB that stay free, .* has 5\.0 GB free") as caught:
         anchor_files.require_disk(tmp_path, AnchorStore.estimate(100_000, 1024, 5120, ["1"] * 64))
     assert len(str(caught.value).splitlines()) == 2
     monkeypatch.undo()

@@ -74,7 +74,7 @@ def test_three_seeds_are_one_line_a_cell_everywhere(root: Path) -> None:
         assert "5.10 ± 0.15 (sd 0.02)" in row
         assert "Means over 3 seeds" in text
         assert "not ranked." not in text
-        assert "for likelihood, random_mask" in text
+        assert "By likelihood random_mask leads" in text
     back = Results.model_validate_json(stored.read_text())
     assert len(back.cells) == 12, "every seed stays in the JSON"
 
