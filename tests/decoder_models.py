@@ -14,6 +14,8 @@ from dllm_core.backbone import masks
 from dllm_core.backbone.backbone import Backbone
 from dllm_core.backbone.contract import Contract
 from dllm_core.backbone.passes.plain import PlainPass
+from dllm_core.samplers.config import DiffusionGenerationConfig
+from dllm_core.samplers.loop import generate
 from tests.tiny import NUM_TOKENS, tiny_backbone, tiny_config
 
 GATED = ("llama", "qwen2", "qwen3")
@@ -106,3 +108,17 @@ CHANGES: tuple[Callable[[Backbone], None], ...] = (
     loaded,
 )
 """Each changes what a qwen3 gives."""
+
+
+def decodes_beside_training(backbone: Backbone) -> list[list[int]]:
+    """Return what a prompt becomes before and after each of two optimiser steps, every pass verified."""
+    generator = torch.Generator().manual_seed(1)
+    prompt, canvas_BL = (torch.randint(NUM_TOKENS, shape, generator=generator) for shape in ((5,), (2, 7)))
+    config = DiffusionGenerationConfig(max_new_tokens=9, max_denoising_steps=4, stop_at_eos=False, verify=True)
+    found = [generate(backbone, [prompt], config).sequences[0].tolist()]
+    optimiser = torch.optim.AdamW(backbone.parameters(), lr=0.05)
+    for _ in range(2):
+        backbone.logits(backbone.hidden(canvas_BL, causal=False))[..., :NUM_TOKENS].square().mean().backward()
+        optimiser.step()
+        found.append(generate(backbone, [prompt], config).sequences[0].tolist())
+    return found

@@ -27,7 +27,17 @@ from dllm_core.methods.protocol import SamplingRequest
 from dllm_core.samplers import denoisers
 from dllm_core.samplers.config import SAMPLERS, DiffusionGenerationConfig
 from dllm_core.samplers.loop import generate
-from tests.decoder_models import CHANGES, GATED, VARIANTS, attention_masks, close, decoder, in_place, modules
+from tests.decoder_models import (
+    CHANGES,
+    GATED,
+    VARIANTS,
+    attention_masks,
+    close,
+    decoder,
+    decodes_beside_training,
+    in_place,
+    modules,
+)
 from tests.tape_graph import RefusingRecorder, TapeRecorder
 from tests.tiny import NUM_TOKENS, tiny_backbone
 
@@ -330,14 +340,7 @@ def test_changed_weights_are_read_anew(
 
 
 def test_training_between_decodes_shows(played: TapeRecorder) -> None:
-    backbone, prompt = tiny_backbone("llama"), ids(5)
-    config = DiffusionGenerationConfig(max_new_tokens=9, max_denoising_steps=4, stop_at_eos=False, verify=True)
-    found = [generate(backbone, [prompt], config).sequences[0].tolist()]
-    optimiser = torch.optim.AdamW(backbone.parameters(), lr=0.05)
-    for _ in range(2):
-        backbone.logits(backbone.hidden(ids(2, 7), causal=False))[..., :NUM_TOKENS].square().mean().backward()
-        optimiser.step()
-        found.append(generate(backbone, [prompt], config).sequences[0].tolist())
+    found = decodes_beside_training(tiny_backbone("llama"))
     assert found[0] != found[1]
     assert played.records == 3
 

@@ -18,9 +18,16 @@ from dllm_core.backbone.passes.plain import PlainPass
 from dllm_core.backbone.passes.quick import QuickPass
 from dllm_core.backbone.slot_cache import SlotCache
 from dllm_core.kernels import dispatch, token_stats
-from dllm_core.samplers.config import DiffusionGenerationConfig
-from dllm_core.samplers.loop import generate
-from tests.decoder_models import CHANGES, GATED, VARIANTS, attention_masks, close, decoder, in_place
+from tests.decoder_models import (
+    CHANGES,
+    GATED,
+    VARIANTS,
+    attention_masks,
+    close,
+    decoder,
+    decodes_beside_training,
+    in_place,
+)
 from tests.tiny import NUM_TOKENS, tiny_backbone
 
 
@@ -172,14 +179,7 @@ def test_a_changed_head_is_laid_out_anew(tied: bool) -> None:
 
 
 def test_training_between_decodes_shows() -> None:
-    backbone, (prompt,) = tiny_backbone("llama"), ids(1, 5)
-    config = DiffusionGenerationConfig(max_new_tokens=9, max_denoising_steps=4, stop_at_eos=False, verify=True)
-    found = [generate(backbone, [prompt], config).sequences[0].tolist()]
-    optimiser = torch.optim.AdamW(backbone.parameters(), lr=0.05)
-    for _ in range(2):
-        backbone.logits(backbone.hidden(ids(2, 7), causal=False))[..., :NUM_TOKENS].square().mean().backward()
-        optimiser.step()
-        found.append(generate(backbone, [prompt], config).sequences[0].tolist())
+    found = decodes_beside_training(tiny_backbone("llama"))
     assert found[0] != found[1]
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dllm_core.backbone.passes.joined import JoinedPass
 from dllm_core.backbone.passes.joined_weights import Joined
-from dllm_core.backbone.passes.protocol import require_fit
+from dllm_core.backbone.passes.protocol import Asked, DecoderPass
 from dllm_core.backbone.passes.recording import Recording, Shape, Store, slot_layers
 from dllm_core.kernels import dispatch
 from dllm_core.layers.compiling import complaint, metered
@@ -111,7 +111,7 @@ class Captures:
             return recording.run()
 
 
-class CapturedPass:
+class CapturedPass(DecoderPass):
     """The pass of a decoder that neither `choice.obstacle` nor `joined_weights.obstacle` has anything against.
 
     Args:
@@ -121,22 +121,14 @@ class CapturedPass:
     """
 
     def __init__(self, backbone: Backbone, captures: Captures, parts: Parts) -> None:
-        self.backbone, self.captures, self.parts = backbone, captures, parts
         self._launched = JoinedPass(backbone, captures.weights, parts)
-        self.head_WD = self._launched.head_WD
+        super().__init__(backbone, self._launched.head_WD)
+        self.captures, self.parts = captures, parts
 
-    def __call__(
-        self,
-        input_ids_BL: Tensor,
-        *,
-        row_M: Tensor | None = None,
-        position_BL: Tensor | None = None,
-        attention_mask_B1LM: Tensor | None = None,
-        cache: SlotCache | None = None,
-    ) -> Tensor:
-        """Return states of the caller's own; see `protocol.DecoderPass`."""
+    def states(self, asked: Asked) -> Tensor:
+        """Return states of the caller's own; see `DecoderPass`."""
+        input_ids_BL, row_M, position_BL, mask_B1LM, cache = asked
         batch, length = input_ids_BL.shape
-        require_fit(self.backbone, length, cache)
         captures = self.captures
         with captures.lock:
             if captures.recorder is not None:
@@ -145,18 +137,12 @@ class CapturedPass:
             lone = cache is not None and store is None
             if lone or batch * length > MOST_TOKENS or (cache is None and position_BL is not None):
                 captures.passes += 1
-                return self._launched(
-                    input_ids_BL,
-                    row_M=row_M,
-                    position_BL=position_BL,
-                    attention_mask_B1LM=attention_mask_B1LM,
-                    cache=cache,
-                )
-            shape = self._shape(input_ids_BL, row_M, attention_mask_B1LM, store)
+                return self._launched.states(asked)
+            shape = self._shape(input_ids_BL, row_M, mask_B1LM, store)
             recording = captures.recording(shape, store, self.parts)
-            recording.put(input_ids_BL, row_M, attention_mask_B1LM)
+            recording.put(input_ids_BL, row_M, mask_B1LM)
             if cache is not None:
-                recording.put_window(cache, position_BL, attention_mask_B1LM)
+                recording.put_window(cache, position_BL, mask_B1LM)
             out = captures.run(recording)
             if row_M is not None:
                 return out[: len(row_M)].clone()

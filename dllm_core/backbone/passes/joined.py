@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dllm_core.backbone.passes.joined_weights import Joined, JoinedBlock
-from dllm_core.backbone.passes.protocol import real_head, require_fit
+from dllm_core.backbone.passes.protocol import Asked, DecoderPass, real_head
 from dllm_core.backbone.passes.rotation import Rotation, Rotations
 from dllm_core.layers.attention import is_plain
 from dllm_core.layers.compiling import many_shapes
@@ -27,7 +27,6 @@ from dllm_core.layers.packed_linear import gated as packed_gated
 
 if TYPE_CHECKING:
     from dllm_core.backbone.backbone import Backbone
-    from dllm_core.backbone.slot_cache import SlotCache
 
 Keep = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 """(new keys, new values, layer) -> all that are visible; [B, K, L, H] and [B, K, M, H]."""
@@ -139,8 +138,8 @@ def attend(query_BNLH: Tensor, key_BKMH: Tensor, value_BKMH: Tensor, bias_B1RM: 
     return found_BKRH.reshape(batch, heads, length, width).transpose(1, 2).flatten(2)
 
 
-class JoinedPass:
-    """The pass as it comes, every operation launched by itself; see `protocol.DecoderPass`. Without gradients.
+class JoinedPass(DecoderPass):
+    """The pass as it comes, every operation launched by itself.
 
     Args:
         backbone: a model that neither `choice.obstacle` nor `joined_weights.obstacle` has anything against.
@@ -149,22 +148,13 @@ class JoinedPass:
     """
 
     def __init__(self, backbone: Backbone, weights: Joined, parts: Parts) -> None:
-        self.backbone, self.weights, self.parts = backbone, weights, parts
-        self.head_WD, self._rotations = real_head(backbone), Rotations(backbone)
+        super().__init__(backbone, real_head(backbone))
+        self.weights, self.parts, self._rotations = weights, parts, Rotations(backbone)
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        input_ids_BL: Tensor,
-        *,
-        row_M: Tensor | None = None,
-        position_BL: Tensor | None = None,
-        attention_mask_B1LM: Tensor | None = None,
-        cache: SlotCache | None = None,
-    ) -> Tensor:
-        """Return states; see `protocol.DecoderPass`."""
+    def states(self, asked: Asked) -> Tensor:
+        """Return states; see `DecoderPass`."""
+        input_ids_BL, row_M, position_BL, mask_B1LM, cache = asked
         batch, length = input_ids_BL.shape
-        require_fit(self.backbone, length, cache)
         with many_shapes() if self.parts.compiled else nullcontext():
             states_RD = decoded(
                 self.weights,
@@ -172,7 +162,7 @@ class JoinedPass:
                 input_ids_BL,
                 self._rotations.of_pass(length, position_BL, cache),
                 row_M=row_M,
-                mask_B1LM=attention_mask_B1LM,
+                mask_B1LM=mask_B1LM,
                 keep=None if cache is None else cache.update,
             )
         return states_RD.view(batch, length, -1) if row_M is None else states_RD

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dllm_core.backbone import attention
-from dllm_core.backbone.passes.protocol import require_fit
+from dllm_core.backbone.passes.protocol import Asked, DecoderPass
 from dllm_core.backbone.passes.quick_weights import BlockWeights, laid_out
 from dllm_core.backbone.passes.rotation import Rotation, Rotations
 from dllm_core.layers.attention import is_plain
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from dllm_core.backbone.slot_cache import SlotCache
 
 
-class QuickPass:
-    """The pass of a decoder that `choice.obstacle` has nothing against; see `protocol.DecoderPass`.
+class QuickPass(DecoderPass):
+    """The pass of a decoder that `choice.obstacle` has nothing against.
 
     Weights are laid out at the first decode, which takes about as long as a pass, and anew once they have changed.
     Memory: where they are reordered, as much again as the matrices of decoder and head.
@@ -41,23 +41,14 @@ class QuickPass:
     """
 
     def __init__(self, backbone: Backbone) -> None:
-        self.backbone, self.weights = backbone, laid_out(backbone)
-        self.head_WD = self.weights.head_WD
+        self.weights = laid_out(backbone)
+        super().__init__(backbone, self.weights.head_WD)
         self._rotations = Rotations(backbone)
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        input_ids_BL: Tensor,
-        *,
-        row_M: Tensor | None = None,
-        position_BL: Tensor | None = None,
-        attention_mask_B1LM: Tensor | None = None,
-        cache: SlotCache | None = None,
-    ) -> Tensor:
-        """Return states; see `protocol.DecoderPass`."""
+    def states(self, asked: Asked) -> Tensor:
+        """Return states; see `DecoderPass`."""
+        input_ids_BL, row_M, position_BL, mask_B1LM, cache = asked
         batch, length = input_ids_BL.shape
-        require_fit(self.backbone, length, cache)
         keys_turn = self._rotations.of_pass(length, position_BL, cache)
         turns = keys_turn.scaled(self.weights.blocks[0].attention.scaling), keys_turn
         x_BLD: Tensor = self.backbone.model.get_input_embeddings()(input_ids_BL)
@@ -65,7 +56,7 @@ class QuickPass:
         last = len(self.weights.blocks) - 1
         for layer, block in enumerate(self.weights.blocks):
             normed_BLD = block.input_norm(x_RD).view(x_BLD.shape)
-            out_BLW = _attend(block, normed_BLD, turns, attention_mask_B1LM, cache, layer)
+            out_BLW = _attend(block, normed_BLD, turns, mask_B1LM, cache, layer)
             out_RW = out_BLW.flatten(0, 1)
             if layer == last and row_M is not None:
                 out_RW, x_RD = out_RW.index_select(0, row_M), x_RD.index_select(0, row_M)
